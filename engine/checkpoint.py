@@ -1,0 +1,174 @@
+"""Checkpoints: one file with all that must survive, complete or absent.
+
+A file is `step-<step>-<hash>.pt`, a plain `torch.save` of tensors and plain data whose name carries the first 16
+hex digits of its SHA-256. It is written aside, flushed to the disk and renamed, so a name that exists is a file
+that was complete; the hash finds what a disk did to it later.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engine.recipe import InitConfig
+from models import weights
+
+FORMAT = 1
+_NAME = re.compile(r"step-(\d{9})-([0-9a-f]{16})\.pt")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be written or used; the message names the file."""
+
+
+class _HashingFile(io.RawIOBase):
+    """Passes writes on and hashes them, so that a large file is not read again."""
+
+    def __init__(self, path: Path) -> None:
+        self._file, self.digest = open(path, "wb"), hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        return self._file.write(data)
+
+    def sync(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
+    """Write a checkpoint, then delete all but the newest `keep`.
+
+    Raises:
+        CheckpointError: a tensor of the method is not finite, so the last good checkpoint stays; or the disk
+            refuses (full, no permission). Nothing is left behind either way.
+    """
+    broken = [name for name, value in state["method"].items() if not _is_finite(value)]
+    if broken:
+        raise CheckpointError(
+            f"{folder}: step {step} is not saved, not finite: {', '.join(broken[:5])}; "
+            "the last good checkpoint stays"
+        )
+    aside = folder / f".step-{step:09d}.{os.getpid()}.part"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob(".step-*.part"):  # of a run that was killed while saving
+            left.unlink()
+        with _HashingFile(aside) as file:
+            torch.save({"format": FORMAT, "step": step, **state}, file)
+            file.sync()
+        path = folder / f"step-{step:09d}-{file.digest.hexdigest()[:16]}.pt"
+        os.replace(aside, path)
+        _sync_folder(folder)
+    except (OSError, RuntimeError) as error:  # torch.save turns some write errors into RuntimeError
+        aside.unlink(missing_ok=True)
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+        raise CheckpointError(f"{folder}: step {step} cannot be saved: {reason}") from error
+    for old in list(_newest_first(folder))[keep:]:
+        old.unlink()
+    return path
+
+
+def latest(folder: Path) -> tuple[Path | None, list[Path]]:
+    """The newest checkpoint whose content matches its hash, and the damaged ones that were passed over."""
+    damaged = []
+    for path in _newest_first(folder):
+        if is_intact(path):
+            return path, damaged
+        damaged.append(path)
+    return None, damaged
+
+
+def is_intact(path: Path) -> bool:
+    """Whether a checkpoint's content matches the hash in its name."""
+    match = _NAME.fullmatch(path.name)
+    if not match:
+        return False
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest().startswith(match[2])
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read a checkpoint of this engine; no code of the file is run.
+
+    Raises:
+        CheckpointError: not one of ours, or of another format version.
+    """
+    try:
+        state = weights.read_file(path)
+    except weights.WeightsError as error:
+        raise CheckpointError(str(error)) from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        found = state.get("format") if isinstance(state, dict) else type(state).__name__
+        raise CheckpointError(f"{path}: not a checkpoint of format {FORMAT}, found {found}")
+    return state
+
+
+def source(init: InitConfig) -> Path:
+    """The file that an `init` entry means: itself, or the newest checkpoint of a run folder.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    path = Path(init.source)
+    if path.is_dir():
+        newest, damaged = latest(path / "checkpoints")
+        if newest is None:
+            what = f"only damaged ones: {', '.join(map(str, damaged))}" if damaged else "none yet"
+            raise CheckpointError(f"init.from: {path}: expected a complete checkpoint in it, found {what}")
+        return newest
+    if not path.is_file():
+        raise CheckpointError(f"init.from: {path}: no such file or run folder")
+    return path
+
+
+def initialise(module: nn.Module, init: InitConfig) -> None:
+    """Load parts of a source into a method's children, strictly.
+
+    Raises:
+        CheckpointError: no such source, or a part that either side does not have.
+        models.weights.WeightsError: keys or shapes that do not fit; all of them are listed.
+    """
+    path = source(init)
+    parts = weights.read(path)
+    children = dict(module.named_children())
+    for target, part in init.load.items():
+        if target not in children:
+            raise CheckpointError(
+                f"init.load.{target}: the method has no such part, expected one of {', '.join(children)}"
+            )
+        if part not in parts:
+            raise CheckpointError(f"{path}: has no part '{part}', expected one of {', '.join(parts)}")
+        weights.load_part(children[target], parts[part], part=part, path=path)
+
+
+def _newest_first(folder: Path) -> Iterator[Path]:
+    names = os.listdir(folder) if folder.is_dir() else []
+    return (folder / name for name in sorted(filter(_NAME.fullmatch, names), reverse=True))
+
+
+def _is_finite(value: Any) -> bool:
+    return not isinstance(value, Tensor) or not value.is_floating_point() or bool(value.isfinite().all())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,130 @@
+"""What a recipe will do, before any device is touched: its parts, steps, cost, and what is missing to run it."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import torch
+
+import loaders
+from engine import checkpoint
+from engine.optim import is_weight
+from engine.recipe import Recipe, RecipeError, micro_steps
+from engine.schedules import Horizon, to_steps, value
+from loaders import DataError
+from models import backbones, cost, methods
+
+
+def missing(recipe: Recipe) -> list[str]:
+    """What the recipe names and this machine does not have, each with what to do."""
+    problems = []
+    data = recipe.data
+    if data.backend == "dali" and not _has_dali():
+        problems.append(
+            "data.backend: dali is not installed; run `pip install nvidia-dali-cuda120` "
+            "(nvidia-dali-cuda130 for CUDA 13), or set data.backend=folder"
+        )
+    if data.backend != "synthetic":
+        for split in ("train", *(["val"] if recipe.evals else [])):
+            root = getattr(data, split)
+            if root is None or not Path(root).is_dir():
+                problems.append(
+                    f"data.{split}: no folder {root}; expected one folder of images per class, "
+                    f"set data.{split}=/path/to/{split}"
+                )
+    for number, init in enumerate(recipe.init):
+        try:
+            checkpoint.source(init)
+        except checkpoint.CheckpointError as error:
+            problems.append(f"init.{number}.from: {str(error).removeprefix('init.from: ')}")
+    return problems
+
+
+def _has_dali() -> bool:
+    try:
+        return importlib.util.find_spec("nvidia.dali") is not None
+    except ModuleNotFoundError:  # no package of that vendor at all
+        return False
+
+
+def describe(recipe: Recipe) -> str:
+    """The text of `--dry-run`.
+
+    Raises:
+        DataError: the data set is there and cannot be used.
+    """
+    lines = [recipe.dump().rstrip(), "", f"recipe hash      {recipe.hash}"]
+    problems = missing(recipe)
+    lines += _length(recipe, any(problem.startswith("data.train") for problem in problems))
+    with torch.device("meta"):
+        method = methods.load(recipe.method.name).Method(recipe.method)
+    lines += _parameters(recipe, method)
+    lines += _cost(recipe, method)
+    lines += ["", "missing:", *(f"  {problem}" for problem in problems)] if problems else ["", "missing: nothing"]
+    return "\n".join(lines)
+
+
+def _length(recipe: Recipe, no_data: bool) -> list[str]:
+    data = recipe.data
+    images = data.expect_images if no_data else len(loaders.open_data(data, "train"))
+    if images is None:
+        return ["images           unknown: no data and no data.expect_images; steps cannot be counted"]
+    if images < data.batch_size:
+        raise DataError(f"{data.train}: {images} images are fewer than data.batch_size {data.batch_size}")
+    horizon = Horizon.of(recipe.run.duration, images, data.batch_size)
+    lines = [
+        f"images           {images:,} x {horizon.epochs:.2f} epochs",
+        f"steps            {horizon.total_steps:,} of {data.batch_size} images",
+        f"checkpoints      every {to_steps(recipe.run.save_every, horizon):,} steps",
+    ]
+    splits = []
+    for ranks in (1, 2, 4, 8, 16, 32, 64):
+        try:
+            splits.append(f"{ranks} ranks: {micro_steps(recipe, ranks)}")
+        except RecipeError:
+            break
+    lines.append(f"micro-steps      {', '.join(splits)} (of {data.micro_batch} images per rank)")
+    for name, schedule in recipe.schedules.items():
+        first, middle, last = (
+            value(schedule, step, horizon)
+            for step in (0, horizon.total_steps // 2, max(horizon.total_steps - 1, 0))
+        )
+        lines.append(f"{name:16} {first:.6g} first, {middle:.6g} half-way, {last:.6g} last")
+    return lines
+
+
+def _parameters(recipe: Recipe, method: methods.Method) -> list[str]:
+    lines = ["", f"{'part':24}{'parameters':>14}  trained by"]
+    for name, part in method.named_children():
+        parameters = list(part.parameters())
+        trained = sum(p.numel() for p in parameters if p.requires_grad)
+        count = sum(p.numel() for p in parameters)
+        moved = any(f"{name}.".startswith(prefix) for prefix in method.moved_after_step)
+        how = recipe.optim.name if trained == count else f"{recipe.optim.name}: {trained:,}"
+        lines.append(f"{name:24}{count:>14,}  {how if trained else 'momentum' if moved else 'frozen'}")
+    trained_parameters = [p for p in method.parameters() if p.requires_grad]
+    total = sum(p.numel() for p in method.parameters())
+    lines.append(f"{'all':24}{total:>14,}  of which trained {sum(p.numel() for p in trained_parameters):,}")
+    if recipe.optim.decay == "weights":
+        decayed = sum(p.numel() for p in trained_parameters if is_weight(p))
+        lines.append(f"{'with weight decay':24}{decayed:>14,}")
+    return lines
+
+
+def _cost(recipe: Recipe, method: methods.Method) -> list[str]:
+    lines = ["", f"{'per image':24}{'forward GFLOPs':>16}{'binary GMACs':>14}{'OPs (1e9)':>11}"]
+    training = 0.0
+    for name, part in method.named_children():
+        if not isinstance(part, backbones.Backbone):
+            continue
+        is_trained = any(p.requires_grad for p in part.parameters())
+        counted = cost.count(part, recipe.data.views[0].size)
+        lines.append(
+            f"{name:24}{counted.float_macs / 1e9:>16.3f}{counted.binary_macs / 1e9:>14.3f}{counted.ops / 1e9:>11.4f}"
+        )
+        # A GPU runs binary convolutions as dense ones; backward costs twice the forward.
+        macs = counted.float_macs + counted.binary_macs
+        training += 2 * macs * method.views_per_backbone * (3 if is_trained else 1)
+    lines.append(f"{'one training image':24}{training / 1e9:>16.1f} GFLOP as run (2 per multiply-accumulate)")
+    return lines

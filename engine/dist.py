@@ -1,0 +1,151 @@
+"""The processes of a run: the group's life, agreement between ranks, and rows gathered for an evaluation."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from engine.recipe import RecipeError
+
+
+class World(NamedTuple):
+    """This process among all of the run."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes files and logs."""
+        return self.rank == 0
+
+
+def environment_rank() -> int:
+    """This process's rank as torchrun gives it, before the group exists."""
+    return int(os.environ.get("RANK", 0))
+
+
+def start(device: str, timeout_seconds: int) -> World:
+    """Join the process group that torchrun describes (NCCL on GPUs, gloo on CPUs), or run alone without it.
+
+    Raises:
+        RecipeError: a GPU is asked for and there is none, or fewer than ranks on this machine.
+    """
+    rank, world_size, local_rank, local_world_size = (
+        int(os.environ.get(name, default))
+        for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
+    )
+    gpus = torch.cuda.device_count()
+    if device == "cuda" or (device == "auto" and gpus):
+        if gpus < local_world_size:
+            raise RecipeError(
+                f"run.device: {local_world_size} ranks on this machine want a GPU each, found {gpus}; "
+                "start fewer with --nproc_per_node or set run.device=cpu"
+            )
+        place = torch.device("cuda", local_rank)
+        torch.cuda.set_device(place)
+    else:
+        place = torch.device("cpu")
+        cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(max(1, cores // local_world_size))
+    world = World(rank, world_size, local_rank, local_world_size, place)
+    if world_size > 1:
+        dist.init_process_group(
+            "nccl" if place.type == "cuda" else "gloo",
+            timeout=timedelta(seconds=timeout_seconds),
+            device_id=place if place.type == "cuda" else None,
+        )
+    return world
+
+
+def stop() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+class Consensus:
+    """Lets all ranks see, at the same step, that one of them has a bad number or was asked to stop.
+
+    One small maximum over ranks at each step. On a GPU it is read one step later, when it has long been done, so
+    that the host never waits for the step it has just launched.
+    """
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self._flags = torch.zeros(2, device=world.device)  # bad, stop
+        self._host = torch.zeros(2, pin_memory=world.device.type == "cuda")
+        self._copied: torch.cuda.Event | None = None
+
+    def propose(self, bad: Tensor, stop: bool) -> tuple[bool, bool]:
+        """Put in this step's flags and get (bad, stop) of all ranks, of the step before on a GPU."""
+        agreed = self.agreed() if self._copied is not None else (False, False)
+        self._flags[0] = bad
+        self._flags[1].fill_(float(stop))
+        if self.world.world_size > 1:
+            dist.all_reduce(self._flags, op=dist.ReduceOp.MAX)
+        self._host.copy_(self._flags, non_blocking=True)
+        if self.world.device.type != "cuda":
+            return self.agreed()
+        self._copied = torch.cuda.Event()
+        self._copied.record()
+        return agreed
+
+    def agreed(self) -> tuple[bool, bool]:
+        """(bad, stop) of the newest step, waiting for it: before anything is saved or evaluated."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        bad, stop = self._host.tolist()
+        return bad > 0, stop > 0
+
+
+def mean(values: Tensor) -> Tensor:
+    """Mean over ranks of a vector."""
+    if dist.is_initialized():
+        values = values.clone()
+        dist.all_reduce(values)
+        values /= dist.get_world_size()
+    return values
+
+
+def total(values: Tensor) -> Tensor:
+    """Sum over ranks of a vector."""
+    if dist.is_initialized():
+        values = values.clone()
+        dist.all_reduce(values)
+    return values
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """Rows [n, D] or [n] of all ranks, n differing between them, in rank order."""
+    if not dist.is_initialized():
+        return rows
+    sizes = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, torch.tensor([len(rows)], device=rows.device))
+    counts = [int(size) for size in sizes]
+    padded = rows.new_zeros((max(counts), *rows.shape[1:]))
+    padded[: len(rows)] = rows
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+
+def broadcast_buffers(module: nn.Module) -> None:
+    """Give every rank rank 0's buffers: BatchNorm statistics are per rank, and an evaluation needs one network."""
+    if dist.is_initialized():
+        for buffer in module.buffers():
+            dist.broadcast(buffer, src=0)

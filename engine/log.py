@@ -1,0 +1,249 @@
+"""What a run tells: means of the step's scalars, speed and time left, for people and for machines.
+
+People read lines (a progress bar on a terminal); machines read `metrics.jsonl` and TensorBoard.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from engine import dist
+from engine.schedules import Horizon
+
+logger = logging.getLogger("burn")
+
+TIMING = ("images_per_second", "data_wait", "memory_gib", "eta_seconds", "seconds")
+"""Keys of a metrics row that differ between two equal runs."""
+
+
+def to_console(is_main: bool) -> None:
+    """Show log lines of rank 0, warnings of the others, on standard error."""
+    logging.basicConfig(format="%(message)s", stream=sys.stderr, force=True)
+    logger.setLevel(logging.INFO if is_main else logging.WARNING)
+
+
+def environment() -> dict[str, Any]:
+    """What a result depends on beside its recipe."""
+    import numpy
+    import torchvision
+
+    here = Path(__file__).parent
+    versions = {"torch": torch.__version__, "torchvision": torchvision.__version__, "numpy": numpy.__version__}
+    dali = sys.modules.get("nvidia.dali")
+    if dali is not None:
+        versions["dali"] = dali.__version__
+    return {
+        "commit": _git(here, "rev-parse", "HEAD"),
+        "uncommitted_changes": bool(_git(here, "status", "--porcelain")),
+        "python": platform.python_version(),
+        "versions": versions,
+        "cpu": platform.processor() or platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "cuda": torch.version.cuda,
+        "argv": sys.argv,
+    }
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+class Meter:
+    """Sums scalars on the device; the host reads them once per log interval, all in one."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, scalars: dict[str, Tensor]) -> None:
+        """Add 0-d tensors of one micro-step; nothing is read."""
+        for name, scalar in scalars.items():
+            scalar = scalar.detach().float()
+            self._sums[name] = self._sums[name] + scalar if name in self._sums else scalar
+            self._counts[name] = self._counts.get(name, 0) + 1
+
+    def read(self) -> dict[str, float]:
+        """Means over the interval and all ranks; starts the next interval."""
+        names = list(self._sums)
+        means = torch.stack([self._sums[name] / self._counts[name] for name in names])
+        values = dist.mean(means).tolist()
+        self.load_state_dict({})
+        return dict(zip(names, values, strict=True))
+
+    def state_dict(self) -> dict[str, Any]:
+        """An interval that a checkpoint cuts goes on after a resume."""
+        return {"sums": self._sums, "counts": self._counts} if self._sums else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of `state_dict`."""
+        self._sums, self._counts = dict(state.get("sums", {})), dict(state.get("counts", {}))
+
+
+class Clock:
+    """Training time, without pauses for evaluations and checkpoints; survives restarts."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0  # of training in the whole run
+        self._interval = 0.0
+        self._waited = 0.0
+        self._images = 0
+        self._since: float | None = None
+        self._first_images: int | None = None
+        self._rate: float | None = None
+
+    def run(self) -> None:
+        """Training goes on."""
+        self._since = time.perf_counter()
+
+    def pause(self) -> None:
+        """Training stops for something else."""
+        if self._since is not None:
+            elapsed = time.perf_counter() - self._since
+            self.seconds += elapsed
+            self._interval += elapsed
+            self._since = None
+
+    def waited(self, seconds: float) -> None:
+        """Time spent waiting for data."""
+        self._waited += seconds
+
+    def trained(self, images: int) -> None:
+        """Images of one step over all ranks."""
+        self._images += images
+
+    def read(self, images_left: int) -> dict[str, float]:
+        """Speed since the last reading and time left; starts the next interval."""
+        self.pause()
+        rate = self._images / max(self._interval, 1e-9)
+        # The first interval holds compilation and warm-up: it must not shape the estimate for long.
+        self._rate = rate if self._rate is None or self._first_images is None else 0.7 * self._rate + 0.3 * rate
+        self._first_images = self._images if self._first_images is None else self._first_images
+        row = {
+            "images_per_second": round(rate, 2),
+            "data_wait": round(self._waited / max(self._interval, 1e-9), 4),
+            "memory_gib": round(_memory_bytes() / 2**30, 3),
+            "seconds": round(self.seconds, 2),
+            "eta_seconds": round(images_left / max(self._rate, 1e-9), 1),
+        }
+        self._interval = self._waited = 0.0
+        self._images = 0
+        self.run()
+        return row
+
+
+def _memory_bytes() -> int:
+    """Peak memory: of the GPU if there is one, else of this process."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class RunLog:
+    """Writes rows of metrics; only rank 0 has one.
+
+    Args:
+        folder: the run folder.
+        step: rows after this step, of a run that was killed, are dropped.
+    """
+
+    def __init__(self, folder: Path, horizon: Horizon, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.horizon = horizon
+        self._rows: TextIO = _open_rows(folder / "metrics.jsonl", step)
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+        self._bar = tqdm(
+            total=horizon.total_steps, initial=step, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty()
+        )
+
+    def tick(self) -> None:
+        """One step is done."""
+        self._bar.update()
+
+    def row(self, step: int, scalars: dict[str, Any], *, evaluation: str | None = None) -> None:
+        """Write one row: a line for people, one for machines, a point on each TensorBoard curve."""
+        fixed = {
+            "step": step,
+            "epoch": round(step * self.horizon.batch_size / self.horizon.num_images, 4),
+            "images": step * self.horizon.batch_size,
+        }
+        kind = {"evaluation": evaluation} if evaluation else {}
+        self._rows.write(json.dumps({**fixed, **kind, **scalars}) + "\n")
+        self._rows.flush()
+        prefix = f"{evaluation}/" if evaluation else ""
+        for name, scalar in scalars.items():
+            if isinstance(scalar, int | float):
+                self._board.add_scalar(prefix + name, scalar, step)
+        line = _line(step, self.horizon, scalars, evaluation)
+        if self._bar.disable:
+            logger.info(line)
+        elif evaluation:
+            self._bar.write(line)
+        else:
+            self._bar.set_postfix_str(line.split("  ", 2)[-1])
+
+    def close(self) -> None:
+        """Flush everything."""
+        self._bar.close()
+        self._board.close()
+        self._rows.close()
+
+
+def _open_rows(path: Path, step: int) -> TextIO:
+    kept = []
+    if step and path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except (ValueError, KeyError):
+                pass  # the last line of a run that was killed while writing it
+    aside = path.with_suffix(".part")
+    aside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    os.replace(aside, path)
+    return open(path, "a", encoding="utf-8")
+
+
+def _line(step: int, horizon: Horizon, scalars: dict[str, Any], evaluation: str | None) -> str:
+    words = [f"step {step}/{horizon.total_steps}", f"epoch {step * horizon.batch_size / horizon.num_images:.2f}"]
+    if evaluation:
+        words.append(evaluation)
+    for name, scalar in scalars.items():
+        if name == "eta_seconds":
+            words.append(f"eta {duration(scalar)}")
+        elif name == "data_wait":
+            words.append(f"data wait {100 * scalar:.0f}%")
+        elif name == "images_per_second":
+            words.append(f"{scalar:.0f} img/s")
+        elif name == "memory_gib":
+            words.append(f"{scalar:.2f} GiB")
+        elif name != "seconds":
+            words.append(f"{name} {scalar:.4g}" if isinstance(scalar, int | float) else f"{name} {scalar}")
+    return "  ".join(words)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as `1h02m`, `3m20s` or `12s`."""
+    whole = round(seconds)
+    if whole >= 3600:
+        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    return f"{whole // 60}m{whole % 60:02d}s" if whole >= 60 else f"{whole}s"

@@ -1,0 +1,233 @@
+"""The data: from files to augmented batches on the device. Imports torch and itself only.
+
+`open_train` and `open_eval` are what the engine calls; a back end is one file (see `loaders.contract`).
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pkgutil
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal, NamedTuple
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor
+
+from loaders.augment import augment
+from loaders.contract import HostBatch, Options
+from loaders.index import DataError, Index, SyntheticIndex, open_index
+from loaders.sampler import EvalPositions, Stream, TrainPositions
+from loaders.views import View
+
+SUFFIX = "_loader"
+
+
+def backends() -> list[str]:
+    """Names that `data.backend` can take."""
+    found = (module.name for module in pkgutil.iter_modules(__path__))
+    return sorted(name.removesuffix(SUFFIX) for name in found if name.endswith(SUFFIX))
+
+
+def load(backend: str) -> ModuleType:
+    """Return the module of a back end, with its `Options` and `open`.
+
+    Raises:
+        KeyError: no file of that name.
+    """
+    if backend not in backends():
+        raise KeyError(backend)
+    return importlib.import_module(f"loaders.{backend}{SUFFIX}")
+
+
+class DataConfig(BaseModel):
+    """The `data` section of a recipe."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    backend: str
+    train: str | None = None
+    """Folder with one folder of training images per class."""
+    val: str | None = None
+    """The same for validation."""
+    expect_images: int | None = Field(default=None, ge=1)
+    """Number of training images the recipe was written for: a data set of another size is refused."""
+    batch_size: int = Field(ge=1)
+    """Images per optimizer step, over all ranks and accumulation steps."""
+    micro_batch: int = Field(ge=1)
+    """Images per rank and forward; what BatchNorm sees. Accumulation steps follow from it."""
+    views: tuple[View, ...] = Field(min_length=1)
+    eval_view: View
+    eval_batch: int = Field(default=256, ge=1)
+    """Images per rank and forward in evaluations."""
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    on_bad_image: Literal["stop", "replace"] = "stop"
+    """An image that cannot be decoded ends the run, or gives way to its successor in the order."""
+    max_pixels: int = Field(default=100_000_000, ge=1)
+    """An image with more pixels counts as one that cannot be decoded."""
+    workers: int | None = Field(default=None, ge=0)
+    """Decoding threads or processes per rank; by default the machine's cores divided by its ranks."""
+    options: Options
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DataConfig:
+        if self.batch_size % self.micro_batch:
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of micro_batch {self.micro_batch}"
+            )
+        if self.eval_view.crop != "center":
+            raise ValueError("eval_view: expected crop: center, evaluations draw nothing")
+        return self
+
+
+class Batch(NamedTuple):
+    """One micro-batch, ready for the network."""
+
+    views: list[Tensor]  # V x float32 [B, 3, size, size], normalised, channels_last, on the device
+    label: Tensor  # int64 [B], on the device
+    index: Tensor  # int64 [B], rows of the index, on the host
+
+
+class Loader:
+    """Batches of one rank; endless for training, one pass for evaluation.
+
+    Attributes:
+        bad: path -> reason of every image that was replaced or left out so far.
+    """
+
+    def __init__(
+        self, batches: Iterator[HostBatch], config: DataConfig, views: Sequence[View], device: torch.device
+    ) -> None:
+        self._batches, self.config, self.views, self.device = batches, config, views, device
+        self._mean = torch.tensor(config.mean, device=device)
+        self._std = torch.tensor(config.std, device=device)
+        self.bad: dict[str, str] = {}
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        batch = next(self._batches)
+        if batch.bad:
+            if self.config.on_bad_image == "stop":
+                path, reason = batch.bad[0]
+                raise DataError(
+                    f"{path}: {reason}; remove or repair it, or set data.on_bad_image=replace to go on without it"
+                )
+            self.bad.update(batch.bad)
+        color = batch.color.to(self.device, non_blocking=True)
+        views = [
+            augment(
+                images.to(self.device, non_blocking=True), color[:, number], view, self._mean, self._std
+            )
+            for number, (images, view) in enumerate(zip(batch.views, self.views, strict=True))
+        ]
+        return Batch(views, batch.label.to(self.device, non_blocking=True), batch.index)
+
+    def close(self) -> None:
+        """Free the back end's threads, processes and memory."""
+        for name in ("close", "_shutdown_workers"):  # the second is how torch's DataLoader ends its workers
+            if hasattr(self._batches, name):
+                getattr(self._batches, name)()
+        self._batches = iter(())
+
+
+def open_data(config: DataConfig, split: Literal["train", "val"]) -> Index:
+    """Index a split of the data set.
+
+    Raises:
+        DataError: it is not named, missing, or not laid out as expected.
+    """
+    if config.backend == "synthetic":
+        options: Any = config.options
+        count = options.num_images if split == "train" else options.num_val_images
+        return SyntheticIndex(count, options.num_classes, options.side)
+    root = getattr(config, split)
+    if root is None:
+        raise DataError(f"data.{split}: not set; expected a folder with one folder of images per class")
+    return open_index(Path(root), max_pixels=config.max_pixels)
+
+
+def workers_per_rank(config: DataConfig, local_world_size: int) -> int:
+    """Threads or processes that one rank may use for decoding."""
+    if config.workers is not None:
+        return config.workers
+    return max(1, len(os.sched_getaffinity(0)) // local_world_size)
+
+
+def open_train(
+    config: DataConfig,
+    index: Index,
+    *,
+    seed: int,
+    step: int,
+    rank: int,
+    world_size: int,
+    local_world_size: int,
+    device: torch.device,
+) -> Loader:
+    """Endless training batches of one rank from optimizer step `step` on, `batch_size / (micro_batch ·
+    world_size)` of them per step.
+
+    Raises:
+        DataError: fewer images than one batch, or the back end is not installed.
+    """
+    if len(index) < config.batch_size:
+        raise DataError(
+            f"{index.root}: {len(index)} images are fewer than data.batch_size {config.batch_size}; "
+            "expected at least one batch"
+        )
+    stream = Stream(index, config.views, seed)
+    positions = TrainPositions(
+        batch_size=config.batch_size,
+        micro_batch=config.micro_batch,
+        rank=rank,
+        world_size=world_size,
+        step=step,
+    )
+    return _open(config, stream, positions, True, local_world_size, device)
+
+
+def open_eval(
+    config: DataConfig,
+    index: Index,
+    *,
+    rows: Sequence[int] | None = None,
+    rank: int,
+    world_size: int,
+    local_world_size: int,
+    device: torch.device,
+) -> Loader:
+    """One pass over the data set (or `rows` of it) in its own order, with the evaluation view: every image
+    exactly once over all ranks, without what cannot be decoded."""
+    stream = Stream(index, (config.eval_view,), seed=0, shuffled=False)
+    positions = EvalPositions(
+        range(len(index)) if rows is None else rows,
+        batch_size=config.eval_batch,
+        rank=rank,
+        world_size=world_size,
+    )
+    return _open(config, stream, positions, False, local_world_size, device)
+
+
+def _open(
+    config: DataConfig,
+    stream: Stream,
+    positions: Iterable[list[int]],
+    replace: bool,
+    local_world_size: int,
+    device: torch.device,
+) -> Loader:
+    batches = load(config.backend).open(
+        stream,
+        positions,
+        replace=replace,
+        workers=workers_per_rank(config, local_world_size),
+        device=device,
+        options=config.options,
+    )
+    return Loader(batches, config, stream.views, device)

@@ -1,0 +1,57 @@
+"""What a back end has to offer, and what it hands over.
+
+A back end is a file `loaders/<name>_loader.py` with `class Options(contract.Options)` and
+
+    def open(stream, positions, *, replace, workers, device, options) -> Iterator[HostBatch]
+
+which yields one `HostBatch` for each list of positions that `positions` gives, in that order. It draws nothing:
+which image, which window and which colours come from `stream.plan(positions)`. Crops come back as uint8, without
+flip or colour. An image that cannot be decoded gives way to its successor in the stream (`replace`), or is left
+out, and is listed. Closing the iterator (if it has a `close`) frees threads, processes and memory.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from loaders.sampler import Stream
+
+
+class Options(BaseModel):
+    """Base of the back ends' own options."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class HostBatch(NamedTuple):
+    """One micro-batch as a back end hands it over; tensors on the host unless the back end decodes on a GPU."""
+
+    views: list[Tensor]  # V x uint8 [B, size, size, 3]
+    color: Tensor  # float32 [B, V, NUM_COLOR]
+    label: Tensor  # int64 [B]
+    index: Tensor  # int64 [B], rows of the index
+    bad: list[tuple[str, str]]  # (path, reason) of what could not be decoded
+
+    @classmethod
+    def of(
+        cls,
+        stream: Stream,
+        image: NDArray[np.int64],
+        color: NDArray[np.float32],
+        views: list[Tensor],
+        bad: list[tuple[str, str]],
+    ) -> HostBatch:
+        """Build from rows of the index."""
+        return cls(
+            views=views,
+            color=torch.from_numpy(color.reshape(len(image), len(stream.views), -1)),
+            label=torch.from_numpy(stream.index.label[image]),
+            index=torch.from_numpy(image),
+            bad=bad,
+        )

@@ -1,0 +1,228 @@
+"""Back end `dali`: NVIDIA DALI reads, decodes once and cuts every view; on a CPU, or on a GPU with `mixed` decoding.
+
+Our sampler's order and windows are fed to it batch by batch, so it has no reader, shuffling or random state of
+its own. An image that DALI cannot decode is decoded, or replaced, on the host like in the `folder` back end.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from loaders.contract import HostBatch
+from loaders.contract import Options as BaseOptions
+from loaders.folder_loader import load_row
+from loaders.index import DataError
+from loaders.sampler import Plan, Stream
+
+
+class Options(BaseOptions):
+    """`data.options` of this back end."""
+
+    prefetch: int = Field(default=2, ge=1)
+    """Micro-batches that DALI works on ahead of the one in use."""
+    hw_decoder_load: float = Field(default=0.9, ge=0, le=1)
+    """GPU only: share of a batch that the hardware JPEG decoder takes, where the GPU has one."""
+
+
+def open(
+    stream: Stream,
+    positions: Iterable[list[int]],
+    *,
+    replace: bool,
+    workers: int,
+    device: torch.device,
+    options: Options,
+) -> Iterator[HostBatch]:
+    """See `loaders.contract`.
+
+    Raises:
+        DataError: DALI is not installed.
+    """
+    try:
+        import nvidia.dali  # noqa: F401
+    except ImportError as error:
+        raise DataError(
+            "data.backend: dali needs NVIDIA DALI, which is not installed; run `pip install "
+            "nvidia-dali-cuda120` (nvidia-dali-cuda130 for CUDA 13), or set data.backend=folder"
+        ) from error
+    return _Batches(stream, positions, replace, max(workers, 1), device, options)
+
+
+class _Work(NamedTuple):
+    positions: list[int]
+    plan: Plan
+    rows: list[int]  # those of its rows that DALI does; the host does the others
+
+
+class _Batches:
+    def __init__(
+        self,
+        stream: Stream,
+        positions: Iterable[list[int]],
+        replace: bool,
+        workers: int,
+        device: torch.device,
+        options: Options,
+    ) -> None:
+        self.stream, self.replace, self.workers = stream, replace, workers
+        self.device, self.options = device, options
+        self._positions = iter(positions)
+        self._fed: deque[_Work] = deque()
+        # What becomes of a row does not depend on when its image was found bad: the whole batch is then done
+        # again without it, so a resumed run gets the same pixels.
+        self._host_only = set(stream.index.problems)
+        self._pipeline: Any = None
+        self._batch_size = 0
+
+    def __iter__(self) -> Iterator[HostBatch]:
+        return self
+
+    def __next__(self) -> HostBatch:
+        room = self.options.prefetch + 1 - len(self._fed)
+        self._feed([self._plan(chunk) for chunk in islice(self._positions, room)])
+        if not self._fed:
+            raise StopIteration
+        while True:
+            work = self._fed[0]
+            try:
+                views = self._take() if work.rows else []
+            except RuntimeError as error:
+                self._exclude(work, error)
+                continue
+            self._fed.popleft()
+            return self._assemble(work, views)
+
+    def close(self) -> None:
+        """Drop the pipeline with its threads and memory."""
+        self._pipeline = None
+        self._fed.clear()
+
+    def _plan(self, chunk: list[int]) -> _Work:
+        plan = self.stream.plan(chunk)
+        rows = [row for row, image in enumerate(plan.image.tolist()) if image not in self._host_only]
+        return _Work(chunk, plan, rows)
+
+    def _feed(self, works: list[_Work]) -> None:
+        self._fed.extend(works)
+        feeds = [work for work in works if work.rows]
+        if self._pipeline is None and feeds:
+            # DALI's first `schedule_run` starts as many runs as its queue is deep: all of them need their input.
+            self._batch_size = max(self._batch_size, *(len(work.positions) for work in feeds), 1)
+            self._pipeline = self._build(self._batch_size, depth=len(feeds))
+            for work in feeds:
+                _feed(self._pipeline, self.stream, work.plan, work.rows)
+            self._pipeline.schedule_run()
+            return
+        for work in feeds:
+            _feed(self._pipeline, self.stream, work.plan, work.rows)
+            self._pipeline.schedule_run()
+
+    def _build(self, batch_size: int, depth: int) -> Any:
+        from nvidia.dali import Pipeline, fn, types
+
+        on_gpu = self.device.type == "cuda"
+        pipeline = Pipeline(
+            batch_size=batch_size,
+            num_threads=self.workers,
+            device_id=(self.device.index or 0) if on_gpu else None,
+            exec_dynamic=True,
+            prefetch_queue_depth=depth,
+        )
+        filters = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
+        with pipeline:
+            content = fn.io.file.read(fn.external_source(name="path", dtype=types.UINT8, ndim=1))
+            # As the reference decodes: EXIF orientation is not applied. Fancy upsampling makes the GPU's decoder
+            # agree with libjpeg-turbo, which always does it.
+            gpu_options = {"hw_decoder_load": self.options.hw_decoder_load, "jpeg_fancy_upsampling": True}
+            image = fn.decoders.image(
+                content,
+                device="mixed" if on_gpu else "cpu",
+                output_type=types.RGB,
+                adjust_orientation=False,
+                **(gpu_options if on_gpu else {}),
+            )
+            crops = []
+            for number, view in enumerate(self.stream.views):
+                start = fn.external_source(name=f"start{number}", dtype=types.FLOAT, ndim=1)
+                end = fn.external_source(name=f"end{number}", dtype=types.FLOAT, ndim=1)
+                crops.append(
+                    fn.resize(
+                        image,
+                        size=[view.size, view.size],
+                        roi_start=start,
+                        roi_end=end,
+                        interp_type=filters[view.interpolation],
+                        antialias=True,
+                    )
+                )
+            pipeline.set_outputs(*crops)
+        pipeline.build()
+        return pipeline
+
+    def _take(self) -> list[Tensor]:
+        """The next crops of the pipeline: V x uint8 [rows, size, size, 3] on the device."""
+        stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
+        outputs = self._pipeline.share_outputs(cuda_stream=stream)
+        # No copy: with the dynamic executor a buffer is not used again while a tensor holds it.
+        views = [torch.from_dlpack(output.as_tensor()) for output in outputs]
+        self._pipeline.release_outputs()
+        return views
+
+    def _exclude(self, work: _Work, error: RuntimeError) -> None:
+        """Find the images of a failed batch that DALI cannot do, and feed all that was in flight again."""
+        culprits = []
+        for row in work.rows:
+            alone = self._build(1, depth=1)
+            try:
+                _feed(alone, self.stream, work.plan, [row])
+                alone.schedule_run()
+                alone.share_outputs()
+            except RuntimeError:
+                culprits.append(int(work.plan.image[row]))
+        if not culprits:
+            raise error  # not an image's fault: out of memory, say
+        self._host_only.update(culprits)
+        self._pipeline = None  # what was in flight went with it
+        again = [self._plan(work.positions) for work in self._fed]
+        self._fed.clear()
+        self._feed(again)
+
+    def _assemble(self, work: _Work, views: list[Tensor]) -> HostBatch:
+        plan, bad = work.plan, []
+        if len(work.rows) == len(work.positions):
+            return HostBatch.of(self.stream, plan.image, plan.color, views, [])
+        rows: list[Any] = []
+        for row, position in enumerate(work.positions):
+            if row in work.rows:
+                place = work.rows.index(row)
+                rows.append((int(plan.image[row]), plan.color[row], [view[place] for view in views]))
+            else:
+                rows.append(load_row(self.stream, plan, row, position, replace=self.replace, bad=bad))
+        rows = [row for row in rows if row is not None]
+        image = np.array([image for image, _, _ in rows], dtype=np.int64)
+        color = np.array([color for _, color, _ in rows], dtype=np.float32)
+        crops = [
+            torch.stack([crops[number].to(self.device) for _, _, crops in rows])
+            if rows
+            else torch.empty((0, view.size, view.size, 3), dtype=torch.uint8)
+            for number, view in enumerate(self.stream.views)
+        ]
+        return HostBatch.of(self.stream, image, color, crops, bad)
+
+
+def _feed(pipeline: Any, stream: Stream, plan: Plan, rows: list[int]) -> None:
+    images = plan.image[rows].tolist()
+    paths = [np.frombuffer(stream.index.path_bytes(image), dtype=np.uint8) for image in images]
+    pipeline.feed_input("path", paths)
+    for number in range(len(stream.views)):
+        window = plan.windows[rows, number].astype(np.float32)  # [rows, 4]: top, left, height, width
+        pipeline.feed_input(f"start{number}", np.ascontiguousarray(window[:, :2]))
+        pipeline.feed_input(f"end{number}", window[:, :2] + window[:, 2:])

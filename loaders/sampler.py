@@ -1,0 +1,200 @@
+"""The data stream as a pure function of (seed, position): which image, which crop, which colours.
+
+Position p of the stream is image number p mod N of epoch p div N; an epoch is a permutation of the data set.
+Nothing here keeps a state, so a resumed run, another number of ranks, workers or another back end sees the
+same stream. All draws come from Philox4x32-10 (Salmon et al. 2011) with counter (block, image, view, epoch)
+and key (seed), so they depend on no library's version.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from loaders.index import Index
+from loaders.views import View
+
+CROP_TRIES = 10  # as torchvision's RandomResizedCrop
+# Columns of `Plan.color`.
+FLIP, BRIGHTNESS, CONTRAST, SATURATION, HUE, ORDER, GRAY, SIGMA, SOLARIZE = range(9)
+NUM_COLOR = 9
+_DRAWS = 2 * CROP_TRIES + 2 + 12  # crop tries, crop place, flip and colour
+_ORDER_STREAM = 0xFFFFFFFF  # view number that no view has: the draws that make an epoch's permutation
+
+
+class Plan(NamedTuple):
+    """What a back end has to do for b positions and V views."""
+
+    image: NDArray[np.int64]  # [b], row in the index
+    windows: NDArray[np.float64]  # [b, V, 4]: top, left, height, width in source pixels
+    color: NDArray[np.float32]  # [b, V, NUM_COLOR]
+
+
+def philox(counter: NDArray[np.uint32], key: tuple[int, int]) -> NDArray[np.uint32]:
+    """Philox4x32 with 10 rounds: counters [..., 4] to random words [..., 4]."""
+    c0, c1, c2, c3 = (counter[..., i].astype(np.uint64) for i in range(4))
+    k0, k1 = np.uint64(key[0] & 0xFFFFFFFF), np.uint64(key[1] & 0xFFFFFFFF)
+    low, shift = np.uint64(0xFFFFFFFF), np.uint64(32)
+    for _ in range(10):
+        product0, product1 = np.uint64(0xD2511F53) * c0, np.uint64(0xCD9E8D57) * c2
+        c0, c1, c2, c3 = (
+            (product1 >> shift) ^ c1 ^ k0,
+            product1 & low,
+            (product0 >> shift) ^ c3 ^ k1,
+            product0 & low,
+        )
+        k0, k1 = (k0 + np.uint64(0x9E3779B9)) & low, (k1 + np.uint64(0xBB67AE85)) & low
+    return np.stack((c0, c1, c2, c3), axis=-1).astype(np.uint32)
+
+
+def uniform(
+    image: NDArray[np.int64], view: NDArray[np.int64], epoch: NDArray[np.int64], draws: int, seed: int
+) -> NDArray[np.float64]:
+    """Numbers in (0, 1) keyed by image, view and epoch (broadcast together): [..., draws]."""
+    blocks = np.arange(-(-draws // 4))
+    image, view, epoch, block = np.broadcast_arrays(image[..., None], view[..., None], epoch[..., None], blocks)
+    counter = np.stack((block, image, view, epoch), axis=-1).astype(np.uint32)
+    words = philox(counter, (seed & 0xFFFFFFFF, seed >> 32))
+    return (words.reshape(*words.shape[:-2], -1)[..., :draws] + 0.5) / 2.0**32
+
+
+class Stream:
+    """The stream of one data set under one seed.
+
+    Args:
+        index: the data set.
+        views: V views of each image.
+        seed: of the run, 0 <= seed < 2**64.
+        shuffled: False gives the data set's own order, for evaluation.
+    """
+
+    def __init__(self, index: Index, views: Sequence[View], seed: int, *, shuffled: bool = True) -> None:
+        self.index, self.views, self.seed, self.shuffled = index, tuple(views), seed, shuffled
+        self._permutations: dict[int, NDArray[np.int64]] = {}
+
+    def images(self, positions: Sequence[int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Epoch [b] and image [b] of each position."""
+        place = np.asarray(positions, dtype=np.int64)
+        epoch, offset = place // len(self.index), place % len(self.index)
+        if not self.shuffled:
+            return epoch, offset
+        image = np.empty_like(offset)
+        for e in np.unique(epoch):
+            image[epoch == e] = self._permutation(int(e))[offset[epoch == e]]
+        return epoch, image
+
+    def plan(self, positions: Sequence[int]) -> Plan:
+        """Everything that is drawn for these positions."""
+        epoch, image = self.images(positions)
+        width, height = self.index.width[image], self.index.height[image]  # [b]
+        windows, colors = [], []
+        for number, view in enumerate(self.views):
+            u = uniform(image, np.full_like(image, number), epoch, _DRAWS, self.seed)  # [b, _DRAWS]
+            windows.append(_windows(view, width, height, u[:, : 2 * CROP_TRIES + 2]))
+            colors.append(_colors(view, u[:, 2 * CROP_TRIES + 2 :]))
+        return Plan(image, np.stack(windows, axis=1), np.stack(colors, axis=1))
+
+    def _permutation(self, epoch: int) -> NDArray[np.int64]:
+        if epoch not in self._permutations:
+            if len(self._permutations) > 1:  # a batch can straddle two epochs, never three
+                del self._permutations[min(self._permutations)]
+            images = np.arange(len(self.index))
+            keys = uniform(images, np.asarray(_ORDER_STREAM), np.asarray(epoch), 2, self.seed)
+            self._permutations[epoch] = np.lexsort((keys[:, 1], keys[:, 0]))
+        return self._permutations[epoch]
+
+
+def _windows(
+    view: View, width: NDArray[np.int32], height: NDArray[np.int32], u: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Crop windows [b, 4] as (top, left, height, width)."""
+    w, h = width.astype(np.float64), height.astype(np.float64)
+    if view.crop == "center":
+        return _center_windows(view, w, h)
+    # torchvision's RandomResizedCrop: the first of ten tries that fits, else the largest allowed centre crop.
+    area = (w * h)[:, None] * (view.scale[0] + (view.scale[1] - view.scale[0]) * u[:, :CROP_TRIES])
+    log_low, log_high = np.log(view.ratio)
+    ratio = np.exp(log_low + (log_high - log_low) * u[:, CROP_TRIES : 2 * CROP_TRIES])
+    try_w, try_h = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))  # [b, tries]
+    fits = (try_w >= 1) & (try_h >= 1) & (try_w <= w[:, None]) & (try_h <= h[:, None])
+    first, rows = fits.argmax(axis=1), np.arange(len(w))
+    crop_w, crop_h = try_w[rows, first], try_h[rows, first]
+    top = np.floor(u[:, -2] * (h - crop_h + 1))
+    left = np.floor(u[:, -1] * (w - crop_w + 1))
+    aspect = w / h
+    low, high = view.ratio
+    last_w = np.where(aspect > high, np.rint(h * high), w)
+    last_h = np.where(aspect < low, np.rint(w / low), h)
+    fallback = np.stack((np.floor((h - last_h) / 2), np.floor((w - last_w) / 2), last_h, last_w), axis=1)
+    return np.where(fits.any(axis=1)[:, None], np.stack((top, left, crop_h, crop_w), axis=1), fallback)
+
+
+def _center_windows(view: View, w: NDArray[np.float64], h: NDArray[np.float64]) -> NDArray[np.float64]:
+    # The window in source pixels that Resize(resize) + CenterCrop(size) of torchvision keeps, with its integers.
+    resized_w, resized_h = resized_sides(view, w, h)
+    left, top = np.rint((resized_w - view.size) / 2), np.rint((resized_h - view.size) / 2)
+    scale_w, scale_h = w / resized_w, h / resized_h
+    return np.stack((top * scale_h, left * scale_w, view.size * scale_h, view.size * scale_w), axis=1)
+
+
+def resized_sides(
+    view: View, width: NDArray[np.float64], height: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Width and height after resizing the shorter side to `view.resize`, cut to whole pixels as torchvision does."""
+    assert view.resize is not None
+    shorter = np.minimum(width, height)
+    return np.floor(view.resize * width / shorter), np.floor(view.resize * height / shorter)
+
+
+def _colors(view: View, u: NDArray[np.float64]) -> NDArray[np.float32]:
+    """Colour parameters [b, NUM_COLOR]; identities where an operation was not drawn."""
+    jitters = u[:, 1] < view.jitter
+
+    def factor(column: int, strength: float) -> NDArray[np.float64]:
+        return np.where(jitters, np.maximum(0, 1 - strength + 2 * strength * u[:, column]), 1)
+
+    color = np.zeros((len(u), NUM_COLOR))
+    color[:, FLIP] = u[:, 0] < view.flip
+    color[:, BRIGHTNESS] = factor(2, view.brightness)
+    color[:, CONTRAST] = factor(3, view.contrast)
+    color[:, SATURATION] = factor(4, view.saturation)
+    color[:, HUE] = np.where(jitters, view.hue * (2 * u[:, 5] - 1), 0)
+    color[:, ORDER] = np.floor(24 * u[:, 6])
+    color[:, GRAY] = u[:, 7] < view.gray
+    low, high = view.blur_sigma
+    color[:, SIGMA] = np.where(u[:, 8] < view.blur, low + (high - low) * u[:, 9], 0)
+    color[:, SOLARIZE] = u[:, 10] < view.solarize
+    return color.astype(np.float32)
+
+
+class TrainPositions:
+    """The positions of one rank, micro-batch by micro-batch, from optimizer step `step` on; never ends.
+
+    The images of an optimizer step are the same for every number of ranks: micro-step m of step t takes a run
+    of `micro_batch * world_size` positions, rank r the r-th part of it.
+    """
+
+    def __init__(self, *, batch_size: int, micro_batch: int, rank: int, world_size: int, step: int) -> None:
+        assert batch_size % (micro_batch * world_size) == 0
+        self.micro_batch, self.stride = micro_batch, micro_batch * world_size
+        self.start = step * batch_size + rank * micro_batch
+
+    def __iter__(self) -> Iterator[list[int]]:
+        start = self.start
+        while True:
+            yield list(range(start, start + self.micro_batch))
+            start += self.stride
+
+
+class EvalPositions:
+    """Positions rank, rank + world_size, ... of one pass over `positions`: complete, without repeats."""
+
+    def __init__(self, positions: Sequence[int], *, batch_size: int, rank: int, world_size: int) -> None:
+        self.positions, self.batch_size = positions[rank::world_size], batch_size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for start in range(0, len(self.positions), self.batch_size):
+            yield list(self.positions[start : start + self.batch_size])

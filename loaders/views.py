@@ -1,0 +1,99 @@
+"""Views as data: what a crop of an image goes through, and the named presets of the recipes."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Probability = Field(default=0.0, ge=0, le=1)
+
+# Sources: BURN's stage configurations (methods of the release, both views alike); He et al. 2020 / Chen et al.
+# 2020 for MoCo v2; the usual linear-evaluation and validation transforms (ResNet, torchvision's reference).
+PRESETS: dict[str, dict[str, Any]] = {
+    "burn": {
+        "crop": "random",
+        "size": 224,
+        "scale": (0.08, 1.0),
+        "interpolation": "bicubic",
+        "flip": 0.5,
+        "jitter": 0.6,
+        "brightness": 0.4,
+        "contrast": 0.4,
+        "saturation": 0.4,
+        "hue": 0.1,
+        "gray": 0.2,
+        "blur": 0.2,
+    },
+    "moco_v2": {
+        "crop": "random",
+        "size": 224,
+        "scale": (0.2, 1.0),
+        "flip": 0.5,
+        "jitter": 0.8,
+        "brightness": 0.4,
+        "contrast": 0.4,
+        "saturation": 0.4,
+        "hue": 0.1,
+        "gray": 0.2,
+        "blur": 0.5,
+    },
+    "crop_flip": {"crop": "random", "size": 224, "scale": (0.08, 1.0), "flip": 0.5},
+    "validation": {"crop": "center", "size": 224, "resize": 256},
+}
+
+
+class View(BaseModel):
+    """One view of an image. In a recipe a `preset` may stand first; keys beside it change it.
+
+    Geometry comes first (crop, resize to `size`), then flip, colour jitter in a random order for each image,
+    grayscale, blur and solarisation, each with its probability; then normalisation.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    size: int = Field(ge=1, le=4096)
+    """Side of the square output in pixels."""
+    crop: Literal["random", "center"]
+    scale: tuple[float, float] = (0.08, 1.0)
+    """Random crop: bounds of its share of the image's area."""
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Random crop: bounds of width / height."""
+    resize: int | None = Field(default=None, ge=1)
+    """Centre crop: length of the shorter side before cropping."""
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    flip: float = Probability
+    jitter: float = Probability
+    brightness: float = Field(default=0.0, ge=0)
+    contrast: float = Field(default=0.0, ge=0)
+    saturation: float = Field(default=0.0, ge=0)
+    hue: float = Field(default=0.0, ge=0, le=0.5)
+    gray: float = Probability
+    blur: float = Probability
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    """Bounds of the Gaussian's standard deviation, in output pixels."""
+    solarize: float = Probability
+    solarize_threshold: float = Field(default=0.5, ge=0, le=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand_preset(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        own = dict(value)
+        name = own.pop("preset", None)
+        if name is not None and name not in PRESETS:
+            raise ValueError(f"unknown preset {name!r}, expected one of {', '.join(PRESETS)}")
+        merged = {**PRESETS.get(name, {}), **own}
+        # YAML has no tuples, and strict validation of a changed value takes no lists for them.
+        return {key: tuple(item) if isinstance(item, list) else item for key, item in merged.items()}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> View:
+        if self.crop == "center" and (self.resize is None or self.resize < self.size):
+            raise ValueError(f"crop: center needs resize >= size ({self.size}), got resize: {self.resize}")
+        for name in ("scale", "ratio", "blur_sigma"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high:
+                raise ValueError(f"{name}: expected 0 < low <= high, got [{low}, {high}]")
+        return self

@@ -1,0 +1,1 @@
+"""The networks. Imports torch and itself only; never `loaders`, `engine` or `tools`."""

@@ -1,0 +1,61 @@
+"""Losses as pure functions. Letters of shapes: B images, C classes of a head, D embedding, K queue.
+
+Everything is computed in at least float32, whatever autocast hands over.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def kl_divergence(student_BC: Tensor, teacher_BC: Tensor, temperature: float) -> Tensor:
+    """KL(teacher || student) at one temperature for each image: [B]. No T² factor (BURN, KLDivMSE head)."""
+    log_p = F.log_softmax(_wide(teacher_BC) / temperature, dim=1)
+    log_q = F.log_softmax(_wide(student_BC) / temperature, dim=1)
+    return (log_p.exp() * (log_p - log_q)).sum(dim=1)
+
+
+def feature_similarity(student_BC: Tensor, teacher_BC: Tensor) -> Tensor:
+    """‖s/‖s‖ - t/‖t‖‖² = 2 - 2 cos(s, t) for each image: [B] (BURN, L_FS)."""
+    s = F.normalize(_wide(student_BC), dim=1, eps=1e-12)
+    t = F.normalize(_wide(teacher_BC), dim=1, eps=1e-12)
+    return (s - t).square().sum(dim=1)
+
+
+def info_nce(query_BD: Tensor, key_BD: Tensor, queue_DK: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """InfoNCE of unit vectors against their keys and a queue (MoCo, eq. 1).
+
+    Returns:
+        The mean loss and the share of queries that are nearest to their own key, both 0-d.
+    """
+    query, key, queue = _wide(query_BD), _wide(key_BD), _wide(queue_DK)
+    positive = (query * key).sum(dim=1, keepdim=True)  # [B, 1]
+    logits = torch.cat((positive, query @ queue), dim=1) / temperature  # [B, 1 + K]
+    target = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
+    hits = (logits.detach()[:, 1:] < logits.detach()[:, :1]).all(dim=1).float().mean()
+    return F.cross_entropy(logits, target), hits
+
+
+@torch.no_grad()
+def collapse_meters(logits_BC: Tensor, temperature: float) -> dict[str, Tensor]:
+    """How far a head is from collapse, for the log.
+
+    Returns:
+        `entropy`: mean entropy of the images' distributions, in nats; `entropy_of_mean`: entropy of the mean
+        distribution (both log C when the outputs are constant and flat; equal when all images get one answer);
+        `std`: mean over the C outputs of their standard deviation over the batch (0 when constant).
+    """
+    logits = _wide(logits_BC)
+    log_p = F.log_softmax(logits / temperature, dim=1)
+    mean = log_p.exp().mean(dim=0)
+    return {
+        "entropy": -(log_p.exp() * log_p).sum(dim=1).mean(),
+        "entropy_of_mean": -torch.special.xlogy(mean, mean).sum(),
+        "std": logits.std(dim=0, correction=0).mean(),
+    }

@@ -1,0 +1,104 @@
+"""BURN: a binary student learns from a frozen extractor whose classifier is trained with it (CVPR 2022).
+
+The released code computes its loss without a graph and trains nothing; this follows the paper's figure where
+the release cannot be followed. Each choice is a key of `Config`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from models import backbones
+from models.heads import MLP
+from models.losses import collapse_meters, feature_similarity, kl_divergence
+from models.methods import Method as Base
+from models.methods import MethodConfig
+from models.reactnet import Config as ReActNetConfig
+
+
+class Config(MethodConfig):
+    """BURN in a recipe."""
+
+    name: Literal["burn"]
+    student: ReActNetConfig
+    teacher: backbones.Config
+    hidden_dim: int = Field(default=2000, ge=1)
+    out_dim: int = Field(default=2000, ge=1)
+    temperature: float = Field(default=0.2, gt=0)
+    target_gradient: Literal["none", "kl", "both"] = "kl"
+    """Which loss terms train the teacher's classifier. `kl`: the KL term only, the feature term pushes the
+    student alone (the figure's open lock on the classifier). `none`: a frozen random classifier, what the
+    smallest repair of the release gives. `both`: both terms."""
+    teacher_bn: Literal["train", "eval"] = "train"
+    """Statistics of the frozen extractor: of each batch, as everything visible of the authors' set-up does,
+    or its own running ones (targets independent of the batch)."""
+
+
+class Method(Base):
+    """L = ℓ(s1, t2) + ℓ(s2, t1) with ℓ = mean of (1 - λ)·FS + λ·KL; λ is the scheduled scalar `balance`."""
+
+    num_views = 2
+    views_per_backbone = 2
+    schedules = ("balance",)
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        self.student = backbones.build(config.student)
+        self.student_head = MLP(self.student.out_channels, config.hidden_dim, config.out_dim, norm=True)
+        self.teacher = backbones.build(config.teacher).requires_grad_(False)
+        self.teacher_head = MLP(self.teacher.out_channels, config.hidden_dim, config.out_dim, norm=True)
+        self.teacher_head.requires_grad_(config.target_gradient != "none")
+
+    def train(self, mode: bool = True) -> Method:
+        """Keep the extractor in evaluation mode where the recipe says so."""
+        super().train(mode)
+        if self.config.teacher_bn == "eval":
+            self.teacher.eval()
+        return self
+
+    def forward(self, views: list[Tensor], label: Tensor, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Two views [B, 3, H, W]; see the class for the loss. Each view is a forward of its own, so that
+        BatchNorm statistics are per view as in the reference."""
+        with torch.no_grad():
+            features = [self.teacher(view) for view in views]
+        targets = [self.teacher_head(feature) for feature in features]  # V x [B, out_dim]
+        outputs = [self.student_head(self.student(view)) for view in views]
+        return burn_loss(outputs, targets, values["balance"], self.config)
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The student's backbone."""
+        return self.student
+
+
+def burn_loss(
+    outputs: list[Tensor], targets: list[Tensor], balance: Tensor, config: Config
+) -> dict[str, Tensor]:
+    """BURN's loss on classifier outputs.
+
+    Args:
+        outputs: s1, s2 [B, C], the student's classifier outputs for the two views.
+        targets: t1, t2 [B, C], the teacher's, with a graph to its classifier.
+        balance: λ, 0-d; multiplies the KL term, the feature term gets 1 - λ.
+
+    Returns:
+        `loss` and, detached, its two terms and the collapse meters of the targets.
+    """
+    kl_targets = [t.detach() if config.target_gradient == "none" else t for t in targets]
+    feature_targets = [t if config.target_gradient == "both" else t.detach() for t in targets]
+    pairs = ((0, 1), (1, 0))  # cross-view, summed over both directions
+    kl = torch.stack([kl_divergence(outputs[s], kl_targets[t], config.temperature).mean() for s, t in pairs])
+    feature = torch.stack([feature_similarity(outputs[s], feature_targets[t]).mean() for s, t in pairs])
+    loss = ((1 - balance) * feature + balance * kl).sum()
+    meters = collapse_meters(targets[0].detach(), config.temperature)
+    return {
+        "loss": loss,
+        "kl": kl.detach().sum(),
+        "feature": feature.detach().sum(),
+        **{f"target_{name}": value for name, value in meters.items()},
+    }

@@ -1,0 +1,91 @@
+"""One linear classifier on one backbone: supervised training, and linear evaluation by freezing."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from models import backbones
+from models.methods import Method as Base
+from models.methods import MethodConfig
+from models.reactnet import ReActNet
+
+
+class Config(MethodConfig):
+    """Supervised training or a linear evaluation protocol in a recipe."""
+
+    name: Literal["classify"]
+    backbone: backbones.Config
+    num_classes: int = Field(ge=2)
+    trains: Literal["all", "linear", "burn-release", "pre-fc"] = "all"
+    """`all`: supervised. `linear`: the classifier alone, on the backbone's final features. `burn-release`:
+    classifier and the pooled MLP `fc`, which is what the released "linear" configuration trains. `pre-fc`:
+    the classifier alone, on the pooled map below `fc`, comparable with S2-BNN's probe. A number measured
+    with one protocol must not be compared with another's."""
+
+    @model_validator(mode="after")
+    def _needs_fc(self) -> Config:
+        fc_protocols = ("burn-release", "pre-fc")
+        if self.trains in fc_protocols and not getattr(self.backbone, "pooled_mlp", False):
+            raise ValueError(f"trains: {self.trains} needs a reactnet backbone with pooled_mlp: true")
+        return self
+
+
+class Method(Base):
+    """Cross-entropy of a linear layer on the features; what is frozen stays in evaluation mode."""
+
+    classifies = True
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = backbones.build(config.backbone)
+        self.classifier = nn.Linear(self.backbone.out_channels, config.num_classes)
+        nn.init.normal_(self.classifier.weight, std=0.01)  # as BURN's linear head
+        nn.init.zeros_(self.classifier.bias)
+        if config.trains != "all":
+            self.backbone.requires_grad_(False)
+            if config.trains == "burn-release":
+                assert isinstance(self.backbone, ReActNet) and self.backbone.fc is not None
+                self.backbone.fc.requires_grad_(True)
+
+    def train(self, mode: bool = True) -> Method:
+        """Switch the classifier; a frozen backbone never leaves evaluation mode."""
+        super().train(mode)
+        if self.config.trains != "all":
+            self.backbone.eval()
+        return self
+
+    def features(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] to what the classifier sees [B, D], with a graph only where something trains."""
+        if self.config.trains == "all":
+            return self.backbone(images)
+        if self.config.trains == "linear":
+            with torch.no_grad():
+                return self.backbone(images)
+        assert isinstance(self.backbone, ReActNet)
+        with torch.no_grad():
+            pooled = self.backbone.pooled(images)
+        if self.config.trains == "burn-release":
+            assert self.backbone.fc is not None
+            return F.relu(self.backbone.fc(pooled))
+        return pooled
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] to class scores [B, num_classes]."""
+        return self.classifier(self.features(images))
+
+    def forward(self, views: list[Tensor], label: Tensor, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """One view [B, 3, H, W] and labels [B] to the cross-entropy."""
+        logits = self.logits(views[0]).float()
+        hits = (logits.detach().argmax(dim=1) == label).float().mean()
+        return {"loss": F.cross_entropy(logits, label), "train_top1": hits}
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The backbone."""
+        return self.backbone

@@ -1,0 +1,146 @@
+"""ReActNet-A, the binary student: MobileNet-shaped, every 3x3 and 1x1 convolution after the stem binary."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from models.binary import BinaryConv2d, Estimator, Precision, RPReLU, Shift
+
+# Output channels of the stem and the 13 blocks, as multiples of the stem's width (ReActNet, table of section 4).
+CHANNEL_MULTIPLES = (1, 2, 4, 4, 8, 8, 16, 16, 16, 16, 16, 16, 32, 32)
+
+
+class Config(BaseModel):
+    """A ReActNet-A in a recipe. Stage 1 is `weights: real`, stage 2 and single stage `weights: binary`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    arch: Literal["reactnet"] = "reactnet"
+    width: int = Field(default=32, ge=1)
+    stem_stride: Literal[1, 2] = 2
+    weights: Precision = "binary"
+    activations: Precision = "binary"
+    estimator: Estimator = "burn"
+    pooled_mlp: bool = True
+    """The pooled 1024 -> 1024 layer with ReLU that BURN puts on top (`use_mlp` there)."""
+
+
+class Block(nn.Module):
+    """Binary 3x3 then binary 1x1, each with BatchNorm, a shortcut and RPReLU (ReActNet, figure 3).
+
+    A doubling block runs two 1x1 convolutions on the same input and concatenates their outputs, each added
+    to the same shortcut.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int, config: Config) -> None:
+        """`out_channels` is `in_channels` or twice that."""
+        super().__init__()
+        assert out_channels in (in_channels, 2 * in_channels)
+
+        def conv(kernel_size: int, stride: int = 1) -> BinaryConv2d:
+            return BinaryConv2d(
+                in_channels,
+                in_channels,
+                kernel_size,
+                stride=stride,
+                weights=config.weights,
+                activations=config.activations,
+                estimator=config.estimator,
+            )
+
+        self.stride = stride
+        self.shift1 = Shift(in_channels)
+        self.conv3x3 = conv(3, stride)
+        self.norm1 = nn.BatchNorm2d(in_channels)
+        self.act1 = RPReLU(in_channels)
+        self.shift2 = Shift(in_channels)
+        copies = out_channels // in_channels
+        self.conv1x1 = nn.ModuleList(conv(1) for _ in range(copies))
+        self.norm2 = nn.ModuleList(nn.BatchNorm2d(in_channels) for _ in range(copies))
+        self.act2 = RPReLU(out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] to [B, C or 2C, H/stride, W/stride]."""
+        shortcut = F.avg_pool2d(x, 2) if self.stride == 2 else x
+        h = self.act1(self.norm1(self.conv3x3(self.shift1(x))) + shortcut)
+        z = self.shift2(h)
+        halves = [norm(conv(z)) + h for conv, norm in zip(self.conv1x1, self.norm2, strict=True)]
+        return self.act2(halves[0] if len(halves) == 1 else torch.cat(halves, dim=1))
+
+
+class ReActNet(nn.Module):
+    """ReActNet-A without a classifier.
+
+    Args:
+        config: see `Config`. The default is the network of BURN: 29,368,192 parameters, features [B, 1024].
+    """
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        channels = [config.width * multiple for multiple in CHANNEL_MULTIPLES]
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, channels[0], 3, stride=config.stem_stride, padding=1, bias=False),
+            nn.BatchNorm2d(channels[0]),
+        )
+        # The first block widens without pooling; every later change of width halves the map.
+        self.blocks = nn.ModuleList(
+            Block(c_in, c_out, 2 if c_out != c_in and i > 0 else 1, config)
+            for i, (c_in, c_out) in enumerate(zip(channels[:-1], channels[1:], strict=True))
+        )
+        self.out_channels = channels[-1]
+        self.fc = nn.Linear(channels[-1], channels[-1]) if config.pooled_mlp else None
+        self._initialise()
+
+    def _initialise(self) -> None:
+        # He-normal, fan_in, ReLU gain for every convolution, the binary ones included; `fc` keeps PyTorch's
+        # default, as in BURN's stage 1 (its single-stage run initialises nothing, which we do not repeat).
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
+
+    def map(self, x: Tensor) -> Tensor:
+        """Images [B, 3, H, W] to the last feature map [B, C, H/32, W/32] (H/16 with `stem_stride: 1`).
+
+        Raises:
+            ValueError: an image side that does not divide down to the last map.
+        """
+        for side in x.shape[-2:]:
+            check_side(side, self.config.stem_stride)
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+    def pooled(self, x: Tensor) -> Tensor:
+        """Images [B, 3, H, W] to the pooled map [B, C], before the pooled MLP."""
+        return self.map(x).mean(dim=(2, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images [B, 3, H, W] to features [B, C]."""
+        x = self.pooled(x)
+        return F.relu(self.fc(x)) if self.fc is not None else x
+
+
+def check_side(side: int, stem_stride: int) -> None:
+    """Refuse an image side whose map after the stem is not a multiple of 16.
+
+    Raises:
+        ValueError: names the nearest legal sides.
+    """
+
+    def legal(s: int) -> bool:
+        return s > 0 and -(-s // stem_stride) % 16 == 0
+
+    if not legal(side):
+        below = next((s for s in range(side, 0, -1) if legal(s)), None)
+        above = next(s for s in range(side + 1, side + 64) if legal(s))
+        nearest = f"{above}" if below is None else f"{below} or {above}"
+        raise ValueError(
+            f"image side {side} does not fit ReActNet with stem_stride {stem_stride}: "
+            f"expected ceil(side / {stem_stride}) to be a multiple of 16, nearest {nearest}"
+        )

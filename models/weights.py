@@ -1,0 +1,174 @@
+"""Reads weight files, ours and foreign ones, into named parts; loads parts strictly.
+
+This is the only place that knows the key names of other projects. Layouts understood (all as `torch.save`
+files of tensors, read with `weights_only=True`):
+
+| file | parts |
+|---|---|
+| a checkpoint of this engine | the method's children: `student`, `student_head`, `teacher`, `backbone`, ... |
+| BURN: training checkpoint, extracted backbone, "multi" file | `student`, `student_head`, `teacher`, `teacher_head` |
+| ReActNet (liuzechun/ReActNet), S2-BNN (szq0214/S2-BNN) | `backbone` |
+| MoCo (`module.encoder_q.*`), torchvision, plain ResNet | `backbone` |
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+State = dict[str, Tensor]
+
+# BURN's and ReActNet's names inside `feature.<i>.` -> ours inside `blocks.<i - 1>.`
+_BLOCK_NAMES = {
+    "move11": "shift1",
+    "binary_3x3": "conv3x3",
+    "bn1": "norm1",
+    "move12": "act1.shift_in",
+    "prelu1": "act1.prelu",
+    "move13": "act1.shift_out",
+    "move21": "shift2",
+    "binary_pw": "conv1x1.0",
+    "bn2": "norm2.0",
+    "binary_pw_down1": "conv1x1.0",
+    "binary_pw_down2": "conv1x1.1",
+    "bn2_1": "norm2.0",
+    "bn2_2": "norm2.1",
+    "move22": "act2.shift_in",
+    "prelu2": "act2.prelu",
+    "move23": "act2.shift_out",
+}
+_DOUBLING_ONLY = ("binary_pw_down1", "binary_pw_down2", "bn2_1", "bn2_2")
+_SAME_ONLY = ("binary_pw", "bn2")
+
+
+class WeightsError(ValueError):
+    """A weight file that cannot be used; the message names the file, the part and the keys."""
+
+
+def read(path: Path) -> dict[str, State]:
+    """Read a weight file into parts (see the table above).
+
+    Raises:
+        WeightsError: the file is missing, is no weight file, would run code, or has an unknown layout.
+    """
+    return split(read_file(path), path)
+
+
+def read_file(path: Path) -> Any:
+    """`torch.load` on the CPU with `weights_only=True`.
+
+    Raises:
+        WeightsError: as `read`.
+    """
+    if not path.is_file():
+        raise WeightsError(f"{path}: no such file")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise WeightsError(
+            f"{path}: refused, it holds more than tensors and could run code when loaded; "
+            "expected a file of tensors only"
+        ) from error
+    except Exception as error:
+        raise WeightsError(f"{path}: not a readable weight file ({type(error).__name__})") from error
+
+
+def split(content: Any, path: Path) -> dict[str, State]:
+    """Sort the tensors of a loaded file into parts under our own key names."""
+    if isinstance(content, Mapping) and "method" in content and "format" in content:
+        return _by_first_name(content["method"])
+    if isinstance(content, Mapping) and isinstance(content.get("backbone"), Mapping):
+        names = {"backbone": "student", "classifier": "student_head", "teacher_classifier": "teacher_head"}
+        found = {ours: content[theirs]["state_dict"] for theirs, ours in names.items() if theirs in content}
+        return {part: _reactnet(state) if part == "student" else dict(state) for part, state in found.items()}
+    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]
+    if not isinstance(content, Mapping) or not all(isinstance(v, Tensor) for v in content.values()):
+        raise WeightsError(f"{path}: unknown layout, expected one of those listed in models/weights.py")
+    state: State = {re.sub(r"^module\.", "", key): value for key, value in content.items()}
+    if any(key.startswith("online_net.0.") for key in state):
+        return {
+            "student": _reactnet(_strip(state, "online_net.0.")),
+            "student_head": _strip(state, "online_net.1."),
+            "teacher": _strip(state, "diff_branch_net.0."),
+            "teacher_head": _strip(state, "diff_branch_net.1."),
+        }
+    if any(key.startswith("encoder_q.") for key in state):
+        state = _strip(state, "encoder_q.")
+    if "feature.0.conv1.weight" in state:
+        part = _reactnet(state)
+        return {"student": part, "backbone": part}
+    if "conv1.weight" in state and "layer1.0.conv1.weight" in state:
+        return {"backbone": {key: value for key, value in state.items() if not key.startswith("fc.")}}
+    raise WeightsError(f"{path}: unknown layout, its first keys are {', '.join(list(state)[:3])}")
+
+
+def load_part(module: nn.Module, state: State, *, part: str, path: Path) -> None:
+    """Load one part strictly.
+
+    Raises:
+        WeightsError: lists every missing and unexpected key and every shape that differs; nothing is loaded.
+    """
+    own = module.state_dict()
+    counters = {key: value for key, value in own.items() if key.endswith("num_batches_tracked")}
+    state = {**{key: torch.zeros_like(value) for key, value in counters.items()}, **state}
+    problems = [f"missing {key}" for key in own if key not in state]
+    problems += [f"unexpected {key}" for key in state if key not in own]
+    problems += [
+        f"{key} has shape {tuple(state[key].shape)}, expected {tuple(own[key].shape)}"
+        for key in own
+        if key in state and own[key].shape != state[key].shape
+    ]
+    if problems:
+        raise WeightsError(f"{path}: part '{part}' does not fit: {'; '.join(problems)}")
+    module.load_state_dict(state)
+
+
+def _by_first_name(state: Mapping[str, Tensor]) -> dict[str, State]:
+    parts: dict[str, State] = {}
+    for key, value in state.items():
+        first, _, rest = key.partition(".")
+        if rest:
+            parts.setdefault(first, {})[rest] = value
+    return parts
+
+
+def _strip(state: State, prefix: str) -> State:
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+
+
+def _reactnet(state: Mapping[str, Tensor]) -> State:
+    """Rename a ReActNet of BURN, ReActNet or S2-BNN; unflatten ReActNet's weights; drop unused variants."""
+    # S2-BNN writes both kinds of 1x1 convolution into every block; a block doubles if its second shift does.
+    doubles = {}
+    for key, value in state.items():
+        if match := re.fullmatch(r"feature\.(\d+)\.move22\.bias", key):
+            doubles[match[1]] = value.shape[1] == 2 * state[f"feature.{match[1]}.move11.bias"].shape[1]
+    renamed: State = {}
+    for key, value in state.items():
+        if match := re.fullmatch(r"fc\.0\.(weight|bias)", key):
+            renamed[f"fc.{match[1]}"] = value
+            continue
+        match = re.fullmatch(r"feature\.(\d+)\.(\w+)\.(\w+)", key)
+        if not match:
+            continue  # a classifier on top, not part of the backbone
+        place, name, leaf = match.groups()
+        if place == "0":
+            renamed[f"stem.{0 if name == 'conv1' else 1}.{leaf}"] = value
+            continue
+        if name in (_SAME_ONLY if doubles[place] else _DOUBLING_ONLY):
+            continue
+        if leaf == "weights":  # ReActNet keeps them flat as [N, 1], row-major [C, C, k, k]
+            channels = state[f"feature.{place}.move11.bias"].shape[1]
+            side = 3 if name == "binary_3x3" else 1
+            value, leaf = value.view(channels, channels, side, side), "weight"
+        if name not in _BLOCK_NAMES:
+            raise WeightsError(f"unknown key {key}")
+        renamed[f"blocks.{int(place) - 1}.{_BLOCK_NAMES[name]}.{leaf}"] = value
+    return renamed

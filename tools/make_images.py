@@ -1,0 +1,91 @@
+"""Write a small public data set as ImageFolder trees of JPEG files, <out>/train/<class> and <out>/val/<class>.
+
+    python tools/make_images.py digits data/digits
+    python tools/make_images.py fashion_mnist data/fashion_mnist
+
+`digits` is scikit-learn's (1,797 images of 8x8, in its wheel, no network). `fashion_mnist` is read from Debian's
+package dataset-fashion-mnist, or from a folder with its four idx files (--source).
+"""
+
+import argparse
+import gzip
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from tqdm import tqdm
+
+DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")
+FASHION_CLASSES = "tshirt trouser pullover dress coat sandal shirt sneaker bag boot".split()
+Split = tuple[str, NDArray[np.uint8], NDArray[np.int64], list[str]]
+
+
+def digits() -> Iterator[Split]:
+    """Every fifth image of each class goes to validation; pixels of 0..16 become 0..255, 8x8 becomes 32x32."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    images = np.round(data.images * (255 / 16)).astype(np.uint8)
+    images = np.stack([np.array(Image.fromarray(i).resize((32, 32), Image.Resampling.BICUBIC)) for i in images])
+    place = np.zeros(len(images), dtype=np.int64)
+    for label in range(10):
+        rows = np.flatnonzero(data.target == label)
+        place[rows] = np.arange(len(rows))
+    for name, rows in (("train", place % 5 != 4), ("val", place % 5 == 4)):
+        yield name, images[rows], data.target[rows], [f"digit{label}" for label in range(10)]
+
+
+def fashion_mnist(source: Path) -> Iterator[Split]:
+    """60,000 training and 10,000 test images of 28x28."""
+    for name, prefix in (("train", "train"), ("val", "t10k")):
+        images = _idx(source / f"{prefix}-images-idx3-ubyte.gz", header=16).reshape(-1, 28, 28)
+        labels = _idx(source / f"{prefix}-labels-idx1-ubyte.gz", header=8).astype(np.int64)
+        yield name, images, labels, FASHION_CLASSES
+
+
+def _idx(path: Path, header: int) -> NDArray[np.uint8]:
+    if not path.is_file():
+        raise SystemExit(
+            f"error: {path}: no such file; run `apt-get install dataset-fashion-mnist`, or give the folder of the "
+            "idx files with --source"
+        )
+    return np.frombuffer(gzip.decompress(path.read_bytes()), dtype=np.uint8, offset=header)
+
+
+def write(splits: Iterator[Split], out: Path, limit: int | None) -> None:
+    """Write aside and rename, so that a tree that exists is complete."""
+    aside = out.with_name(f".{out.name}.part")
+    shutil.rmtree(aside, ignore_errors=True)
+    for split, images, labels, names in splits:
+        for name in names:
+            (aside / split / name).mkdir(parents=True)
+        rows = range(len(images) if limit is None else min(limit, len(images)))
+        for row in tqdm(rows, desc=f"{out.name}/{split}", unit=" images", disable=not sys.stderr.isatty()):
+            path = aside / split / names[labels[row]] / f"{row:05d}.jpg"
+            Image.fromarray(images[row]).save(path, quality=95)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    aside.rename(out)
+
+
+def main() -> int:
+    """Parse the command line and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dataset", choices=["digits", "fashion_mnist"])
+    parser.add_argument("out", type=Path, help="folder to make; nothing is done if it is there already")
+    parser.add_argument("--source", type=Path, default=DEBIAN_FASHION, help="folder of Fashion-MNIST's idx files")
+    parser.add_argument("--limit", type=int, help="at most this many images of each split")
+    arguments = parser.parse_args()
+    if arguments.out.exists():
+        print(f"{arguments.out} is there already")
+        return 0
+    splits = digits() if arguments.dataset == "digits" else fashion_mnist(arguments.source)
+    write(splits, arguments.out, arguments.limit)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

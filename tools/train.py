@@ -1,0 +1,63 @@
+"""Train a recipe: pre-training, supervised training and linear evaluation alike.
+
+    python tools/train.py recipes/quick/burn_stage1.yaml
+    torchrun --nproc_per_node=8 tools/train.py recipes/burn_stage2.yaml run.amp=bf16 --resume
+
+Exit codes: 0 done; 2 bad input, nothing was written; 3 loss or gradients not finite; 4 a parameter is not trained
+as declared; 75 stopped by SIGTERM, SIGINT or SIGUSR1 and saved, go on with --resume; 1 anything else.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import _root  # noqa: F401
+
+from engine import recipe as recipes
+from engine import dist, train
+from engine.checkpoint import CheckpointError
+from engine.describe import describe, missing
+from engine.log import to_console
+from engine.recipe import RecipeError
+from loaders import DataError
+from models.weights import WeightsError
+
+
+def main() -> int:
+    """Parse the command line, run, and turn what can go wrong into one line and an exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", type=Path, help="a YAML file of recipes/, or recipe.yaml of a run folder")
+    parser.add_argument("override", nargs="*", help="section.key=value, changes the recipe for this run")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest complete checkpoint, if any")
+    parser.add_argument(
+        "--allow-changes", action="store_true", help="resume although recipe, data or ranks have changed"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print what would be done and what is missing")
+    arguments = parser.parse_intermixed_args()
+    to_console(is_main=dist.environment_rank() == 0)
+    try:
+        recipe = recipes.load(arguments.recipe, arguments.override)
+        if arguments.dry_run:
+            print(describe(recipe))
+            return 0
+        if problems := missing(recipe):
+            raise RecipeError(f"{arguments.recipe}: {'; '.join(problems)}")
+        train.run(recipe, resume=arguments.resume, allow_changes=arguments.allow_changes)
+    except (RecipeError, DataError, CheckpointError, WeightsError) as error:
+        return _fail(error, train.EXIT_BAD_INPUT)
+    except train.NotFinite as error:
+        return _fail(error, train.EXIT_NOT_FINITE)
+    except train.Untrained as error:
+        return _fail(error, train.EXIT_UNTRAINED)
+    except train.Stopped as error:
+        return _fail(error, train.EXIT_STOPPED)
+    return 0
+
+
+def _fail(error: Exception, code: int) -> int:
+    print(f"error: {error}" if code != train.EXIT_STOPPED else str(error), file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
