@@ -7,27 +7,33 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from engine.recipe import OptimConfig
+from engine.recipe import OptimConfig, RecipeError
 
 
 def build(config: OptimConfig, module: nn.Module) -> torch.optim.Optimizer:
     """The optimizer over everything in `module` that trains; learning rate and decay come with `apply`.
 
-    Group `plain` exists where `decay: weights` exempts parameters from weight decay.
+    A group holds the parameters of equal `lr_scale` that are all decayed or all exempt from weight decay.
+
+    Raises:
+        RecipeError: `lr_scale` names a part that the method has not, or that does not train.
     """
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    parts = {name.split(".", 1)[0] for name in trained}
+    for part in set(config.lr_scale) - parts:
+        raise RecipeError(f"optim.lr_scale.{part}: not a part that trains, expected one of {', '.join(sorted(parts))}")
+    members: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, parameter in trained.items():
+        scale = config.lr_scale.get(name.split(".", 1)[0], 1.0)
+        members.setdefault((scale, config.decay == "all" or is_weight(parameter)), []).append(parameter)
     groups = [
-        {"params": members, "name": name}
-        for name, members in (
-            ("decayed", [p for p in trained if config.decay == "all" or is_weight(p)]),
-            ("plain", [p for p in trained if config.decay != "all" and not is_weight(p)]),
-        )
-        if members
+        {"params": parameters, "lr_scale": scale, "decayed": decayed}
+        for (scale, decayed), parameters in members.items()
     ]
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=0.0, momentum=config.momentum, nesterov=config.nesterov)
     kind = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
-    fused = all(parameter.is_cuda for parameter in trained)
+    fused = all(parameter.is_cuda for parameter in trained.values())
     return kind(groups, lr=0.0, betas=config.betas, eps=config.eps, weight_decay=0.0, fused=fused)
 
 
@@ -39,8 +45,8 @@ def is_weight(parameter: torch.Tensor) -> bool:
 def apply(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
     """Set this step's learning rate and weight decay."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
-        group["weight_decay"] = weight_decay if group["name"] == "decayed" else 0.0
+        group["lr"] = lr * group["lr_scale"]
+        group["weight_decay"] = weight_decay if group["decayed"] else 0.0
 
 
 def gradient_norm(parameters: Iterable[torch.Tensor]) -> torch.Tensor:

@@ -47,6 +47,8 @@ class OptimConfig(_Section):
     decay: Literal["all", "weights"] = "all"
     """What weight decay applies to: every parameter, or only those with more than one axis of length above 1
     (so neither biases, nor BatchNorm, PReLU slopes and learned shifts)."""
+    lr_scale: dict[str, float] = {}
+    """Part of the method -> factor on its learning rate, 1 where a part is not named."""
 
 
 class RunConfig(_Section):
@@ -215,6 +217,9 @@ def _cross_check(recipe: Recipe, path: Path) -> None:
                 f"{path}: evals.{number}.kind: method {recipe.method.name} has no classifier to measure, "
                 "expected knn"
             )
+    for part, scale in recipe.optim.lr_scale.items():
+        if scale <= 0:
+            raise RecipeError(f"{path}: optim.lr_scale.{part}: expected greater than 0, got {scale}")
     sizes = [(f"data.views.{i}.size", view.size) for i, view in enumerate(recipe.data.views)]
     sizes.append(("data.eval_view.size", recipe.data.eval_view.size))
     for network in dict(recipe.method).values():

@@ -17,7 +17,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
-from loaders.augment import augment
+from loaders.augment import augment_batch
 from loaders.contract import HostBatch, Options
 from loaders.index import DataError, Index, SyntheticIndex, open_index
 from loaders.sampler import EvalPositions, Stream, TrainPositions
@@ -121,8 +121,13 @@ class Loader:
             self.bad.update(batch.bad)
         color = batch.color.to(self.device, non_blocking=True)
         views = [
-            augment(
-                images.to(self.device, non_blocking=True), color[:, number], view, self._mean, self._std
+            augment_batch(
+                images.to(self.device, non_blocking=True),
+                color[:, number],
+                view,
+                self._mean,
+                self._std,
+                select=self.device.type == "cpu",
             )
             for number, (images, view) in enumerate(zip(batch.views, self.views, strict=True))
         ]

@@ -33,7 +33,9 @@ _HUE_PLACE = 3
 ORDERS = torch.tensor(list(itertools.permutations(range(4))))  # [24, 4]: 0 brightness, 1 contrast, 2 saturation, 3 hue
 
 
-def augment(images: Tensor, color: Tensor, view: View, mean: Tensor, std: Tensor) -> Tensor:
+def augment_batch(
+    images: Tensor, color: Tensor, view: View, mean: Tensor, std: Tensor, *, select: bool
+) -> Tensor:
     """Flip, jitter, grayscale, blur, solarise and normalise a batch.
 
     Args:
@@ -41,16 +43,16 @@ def augment(images: Tensor, color: Tensor, view: View, mean: Tensor, std: Tensor
         color: float32 [B, NUM_COLOR] from the sampler, on the same device.
         view: bounds the blur's kernel and gives the solarisation threshold.
         mean, std: [3], on the same device, for images in [0, 1].
+        select: run each operator on the images that drew it only, which waits for the device: for CPUs.
 
     Returns:
         float32 [B, 3, H, W], channels_last.
     """
     x = images.permute(0, 3, 1, 2).float().div_(255)  # channels_last by its strides
-    everything = images.is_cuda
 
     def apply(operator: Callable[..., Tensor], chosen: Tensor, *parameters: Tensor) -> None:
         nonlocal x
-        if everything:
+        if not select:
             x = operator(x, *parameters)
         elif chosen.any():
             rows = chosen.nonzero().flatten()

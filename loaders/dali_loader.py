@@ -23,6 +23,11 @@ from loaders.index import DataError
 from loaders.sampler import Plan, Stream
 
 
+# Formats (as Pillow names them) that DALI is given. Others are decoded on the host: DALI 2.4 does not always survive
+# an unknown one, it was seen to end the process at a GIF.
+_FORMATS = [b"JPEG", b"MPO", b"PNG", b"BMP", b"TIFF", b"PPM", b"WEBP"]
+
+
 class Options(BaseOptions):
     """`data.options` of this back end."""
 
@@ -78,7 +83,8 @@ class _Batches:
         self._fed: deque[_Work] = deque()
         # What becomes of a row does not depend on when its image was found bad: the whole batch is then done
         # again without it, so a resumed run gets the same pixels.
-        self._host_only = set(stream.index.problems)
+        foreign = np.flatnonzero(~np.isin(stream.index.format, _FORMATS))
+        self._host_only = {*stream.index.problems, *foreign.tolist()}
         self._pipeline: Any = None
         self._batch_size = 0
 
@@ -171,8 +177,8 @@ class _Batches:
         """The next crops of the pipeline: V x uint8 [rows, size, size, 3] on the device."""
         stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
         outputs = self._pipeline.share_outputs(cuda_stream=stream)
-        # No copy: with the dynamic executor a buffer is not used again while a tensor holds it.
-        views = [torch.from_dlpack(output.as_tensor()) for output in outputs]
+        # A copy, though DALI says that its buffers outlive their release: not past the end of their pipeline.
+        views = [torch.from_dlpack(output.as_tensor()).clone() for output in outputs]
         self._pipeline.release_outputs()
         return views
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import sys
@@ -104,7 +105,9 @@ def _decode(content: bytes) -> Tensor:
     try:
         data = torch.frombuffer(bytearray(content), dtype=torch.uint8)
         image = decode_image(data, mode=ImageReadMode.RGB)
-        if image.ndim == 3 and image.dtype == torch.uint8:
+        if image.dtype == torch.uint16:  # a PNG of 16 bits: keep the upper 8
+            image = (image.int() >> 8).to(torch.uint8)
+        if image.ndim == 3:  # an animation has four axes
             return image
     except (RuntimeError, ValueError):
         pass  # a format or variant that torchvision does not read: Pillow reads more, and says why it cannot
@@ -238,13 +241,14 @@ def _read_cache(path: Path) -> dict[str, Any] | None:
 
 def _write_cache(path: Path, arrays: dict[str, Any]) -> None:
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs time only
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(aside, "wb") as file:
-            np.savez(file, **arrays)
-        os.replace(aside, path)
-    except OSError:
-        aside.unlink(missing_ok=True)  # a cache that cannot be written costs time only
+        try:
+            with open(aside, "wb") as file:
+                np.savez(file, **arrays)
+            os.replace(aside, path)
+        finally:
+            aside.unlink(missing_ok=True)
 
 
 class SyntheticIndex(Index):

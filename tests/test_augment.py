@@ -1,0 +1,131 @@
+"""The batched colour operators against torchvision's, with the same parameters and the same order."""
+
+import pytest
+import torch
+from torchvision.transforms import functional as F
+
+from loaders.augment import ORDERS, augment_batch, jitter_slots
+from loaders.sampler import BRIGHTNESS, CONTRAST, FLIP, GRAY, HUE, NUM_COLOR, ORDER, SATURATION, SIGMA, SOLARIZE
+from loaders.views import View
+from tests.conftest import picture
+
+TOLERANCE = 2e-6  # of images in [0, 1]: float32 rounding of the same formulas
+VIEW = View(
+    size=48, crop="random", flip=0.5, jitter=1, brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2, gray=0.5,
+    blur=0.5, solarize=0.5,
+)
+ZERO, ONE = torch.zeros(3), torch.ones(3)
+
+
+def images(count=24):
+    return torch.stack([torch.from_numpy(picture(seed, 48, 48)) for seed in range(count)])
+
+
+def identity(count):
+    color = torch.zeros(count, NUM_COLOR)
+    color[:, [BRIGHTNESS, CONTRAST, SATURATION]] = 1
+    return color
+
+
+def reference(image, color):
+    x = image.permute(2, 0, 1).float() / 255
+    if color[FLIP]:
+        x = x.flip(2)
+    operations = (
+        lambda x: F.adjust_brightness(x, color[BRIGHTNESS].item()),
+        lambda x: F.adjust_contrast(x, color[CONTRAST].item()),
+        lambda x: F.adjust_saturation(x, color[SATURATION].item()),
+        lambda x: F.adjust_hue(x, color[HUE].item()),
+    )
+    for number in ORDERS[int(color[ORDER])].tolist():
+        x = operations[number](x)
+    if color[GRAY]:
+        x = F.rgb_to_grayscale(x, 3)
+    if color[SIGMA] > 0:
+        x = F.gaussian_blur(x, 13, [color[SIGMA].item()] * 2)
+    if color[SOLARIZE]:
+        x = F.solarize(x, 0.5)
+    return x
+
+
+def parameters(which, count):
+    generator = torch.Generator().manual_seed(5)
+
+    def u(low, high):
+        return low + (high - low) * torch.rand(count, generator=generator)
+
+    color = identity(count)
+    columns = {
+        "flip": (FLIP, (u(0, 1) < 0.5).float()),
+        "brightness": (BRIGHTNESS, u(0.2, 1.8)),
+        "contrast": (CONTRAST, u(0.2, 1.8)),
+        "saturation": (SATURATION, u(0.2, 1.8)),
+        "hue": (HUE, u(-0.2, 0.2)),
+        "order": (ORDER, (torch.arange(count) % 24).float()),
+        "gray": (GRAY, (u(0, 1) < 0.5).float()),
+        "blur": (SIGMA, u(0.1, 2.0)),
+        "solarize": (SOLARIZE, (u(0, 1) < 0.5).float()),
+    }
+    for name in columns if which == "all" else (which, "order"):
+        column, values = columns[name]
+        color[:, column] = values
+    return color
+
+
+@pytest.mark.parametrize(
+    "which",
+    ["flip", "brightness", "contrast", "saturation", "hue", "gray", "blur", "solarize"],
+)
+def test_operator_equals_torchvision(which):
+    pixels, color = images(), parameters(which, 24)
+    got = augment_batch(pixels, color, VIEW, ZERO, ONE, select=True)
+    expected = torch.stack([reference(image, row) for image, row in zip(pixels, color)])
+    error = (got - expected).abs().amax(dim=(1, 2, 3))
+    if which == "solarize":  # the threshold may fall between two roundings of one value
+        assert (error > TOLERANCE).sum() == 0
+    assert error.max() < TOLERANCE, which
+
+
+def test_all_together_in_every_order():
+    pixels, color = images(48), parameters("all", 48)
+    color[:, SOLARIZE] = 0  # a threshold turns a rounding error into a jump; it is tested alone
+    got = augment_batch(pixels, color, VIEW, ZERO, ONE, select=True)
+    expected = torch.stack([reference(image, row) for image, row in zip(pixels, color)])
+    assert (got - expected).abs().max() < 10 * TOLERANCE
+
+
+def test_branch_free_path_of_gpus_equals_the_selecting_one():
+    # It runs every operator on every image: identities must be exact enough to leave the others alone.
+    pixels, color = images(16), parameters("all", 16)
+    color[::2] = identity(8)
+    color[:, SOLARIZE] = 0
+    selecting, branch_free = (augment_batch(pixels, color, VIEW, ZERO, ONE, select=s) for s in (True, False))
+    assert (selecting - branch_free).abs().max() < TOLERANCE
+    assert branch_free.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_normalisation_and_layout():
+    pixels = images(4)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    got = augment_batch(pixels, identity(4), VIEW, mean, std, select=True)
+    assert got.is_contiguous(memory_format=torch.channels_last) and got.dtype == torch.float32
+    expected = F.normalize(pixels.permute(0, 3, 1, 2).float() / 255, mean, std)
+    assert (got - expected).abs().max() < TOLERANCE
+
+
+def test_blur_of_an_image_smaller_than_its_kernel():
+    tiny = images(2)[:, :4, :4].contiguous()
+    color = identity(2)
+    color[:, SIGMA] = 2.0
+    assert augment_batch(tiny, color, VIEW, ZERO, ONE, select=True).isfinite().all()
+
+
+@pytest.mark.slow
+def test_compiles_without_graph_breaks():
+    pixels, color = images(8), parameters("all", 8)
+    slots, hue = jitter_slots(color)
+    from loaders.augment import _jitter
+
+    x = pixels.permute(0, 3, 1, 2).float() / 255
+    compiled = torch.compile(_jitter, fullgraph=True, dynamic=False)
+    assert (compiled(x, slots, hue) - _jitter(x, slots, hue)).abs().max() < TOLERANCE

@@ -1,0 +1,370 @@
+"""What every back end promises (loaders/contract.py), parity between them, and bad files."""
+
+import io
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import loaders
+from loaders import DataConfig, DataError
+from loaders.views import View
+from tests.conftest import picture, write_tree
+
+CPU = torch.device("cpu")
+BACKENDS = loaders.backends()
+FILES = [name for name in BACKENDS if name != "synthetic"]
+VIEWS = (
+    View.model_validate({"preset": "burn", "size": 24}),
+    View.model_validate({"preset": "crop_flip", "size": 16}),
+)
+CENTER = View.model_validate({"preset": "validation", "size": 24, "resize": 28})
+
+
+@pytest.fixture(autouse=True)
+def _needs_dali(request):
+    backend = getattr(request.node, "callspec", None)
+    if backend is not None and backend.params.get("backend") == "dali":
+        pytest.importorskip("nvidia.dali", reason="nvidia-dali is not installed")
+
+
+def config(backend, root=None, **changes):
+    options = loaders.load(backend).Options
+    values = {
+        "backend": backend,
+        "train": str(root),
+        "val": str(root),
+        "batch_size": 8,
+        "micro_batch": 4,
+        "views": VIEWS,
+        "eval_view": CENTER,
+        "eval_batch": 5,
+        "on_bad_image": "replace",
+        "workers": 2,
+        "options": options(num_images=24, side=32) if backend == "synthetic" else options(),
+    }
+    return DataConfig(**{**values, **changes})
+
+
+def open_train(data, *, step=0, rank=0, world_size=1, seed=7):
+    index = loaders.open_data(data, "train")
+    return loaders.open_train(
+        data, index, seed=seed, step=step, rank=rank, world_size=world_size, local_world_size=1, device=CPU
+    )
+
+
+def take(loader, count):
+    try:
+        return [next(loader) for _ in range(count)]
+    finally:
+        loader.close()
+
+
+def open_eval(data, rank=0, world_size=1):
+    index = loaders.open_data(data, "val")
+    return loaders.open_eval(data, index, rank=rank, world_size=world_size, local_world_size=1, device=CPU)
+
+
+def equal(a, b):
+    return (
+        torch.equal(a.index, b.index)
+        and torch.equal(a.label, b.label)
+        and all(torch.equal(x, y) for x, y in zip(a.views, b.views))
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_batches(backend, tree):
+    data = config(backend, tree)
+    index = loaders.open_data(data, "train")
+    batch = take(open_train(data), 1)[0]
+    assert [tuple(view.shape) for view in batch.views] == [(4, 3, 24, 24), (4, 3, 16, 16)]
+    assert all(view.is_contiguous(memory_format=torch.channels_last) for view in batch.views)
+    assert all(view.dtype == torch.float32 for view in batch.views)
+    assert batch.label.tolist() == index.label[batch.index.numpy()].tolist()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_never_ends_and_shows_every_image_once_per_epoch(backend, tree):
+    batches = take(open_train(config(backend, tree)), 18)  # three epochs of 24 images
+    seen = torch.cat([batch.index for batch in batches])
+    for epoch in seen.split(24):
+        assert sorted(epoch.tolist()) == list(range(24))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_starts_at_any_step_with_the_same_pixels(backend, tree):
+    # reliability.md 4
+    data = config(backend, tree)
+    whole = take(open_train(data), 10)  # five steps of two micro-batches
+    for step in (1, 3, 4):
+        again = take(open_train(data, step=step), 2)
+        assert all(equal(a, b) for a, b in zip(again, whole[2 * step :]))
+    assert not equal(whole[0], take(open_train(data, seed=8), 1)[0])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_two_ranks_see_the_stream_of_one(backend, tree):
+    data = config(backend, tree)
+    one = take(open_train(data), 6)
+    two = [take(open_train(data, rank=rank, world_size=2), 3) for rank in (0, 1)]
+    for number in range(3):
+        assert equal(one[2 * number], two[0][number]) and equal(one[2 * number + 1], two[1][number])
+
+
+@pytest.mark.parametrize("backend", FILES)
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_workers_do_not_change_the_stream(backend, workers, tree):
+    reference = take(open_train(config(backend, tree)), 4)
+    assert all(equal(a, b) for a, b in zip(take(open_train(config(backend, tree, workers=workers)), 4), reference))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_evaluation_is_complete_in_order(backend, world_size, tree):
+    data = config(backend, tree)
+    seen = [[int(i) for batch in open_eval(data, rank, world_size) for i in batch.index] for rank in range(world_size)]
+    for rank, rows in enumerate(seen):
+        assert rows == list(range(len(loaders.open_data(data, "val"))))[rank::world_size]
+
+
+@pytest.mark.parametrize("backend", FILES)
+def test_close_ends_threads_and_processes(backend, tree):
+    import multiprocessing
+    import threading
+
+    loader = open_train(config(backend, tree))
+    next(loader)
+    loader.close()
+    assert multiprocessing.active_children() == []
+    assert threading.active_count() < 10
+    assert list(loader) == []
+
+
+def test_dali_and_folder_cut_the_same_pixels(tree):
+    # reliability.md 42: same windows and filter; mean absolute difference at most 2 of 255 levels.
+    pytest.importorskip("nvidia.dali", reason="nvidia-dali is not installed")
+    scale = 255 * 0.225  # from normalised values back to levels
+    for one, two in zip(
+        [*take(open_train(config("folder", tree)), 12), *open_eval(config("folder", tree))],
+        [*take(open_train(config("dali", tree)), 12), *open_eval(config("dali", tree))],
+        strict=True,
+    ):
+        assert torch.equal(one.index, two.index)
+        for a, b in zip(one.views, two.views):
+            difference = (a - b).abs() * scale
+            assert difference.mean() <= 2.0
+            assert difference.amax() <= 40  # at a border, where DALI's filter may see outside the window
+
+
+def test_folder_is_torchvision(tree):
+    """The torch back end against torchvision's own transforms on PIL images: at most 2 levels apart."""
+    from torchvision.transforms import functional as F
+
+    data = config("folder", tree, views=(View.model_validate({"preset": "crop_flip", "size": 24, "flip": 0}),))
+    index = loaders.open_data(data, "train")
+    from loaders.sampler import Stream
+
+    plan = Stream(index, data.views, 7).plan(range(24))
+    batches = take(open_train(data), 6)
+    mean, std = torch.tensor(data.mean)[:, None, None], torch.tensor(data.std)[:, None, None]
+    crops = torch.cat([batch.views[0] for batch in batches])
+    for row, crop in enumerate(crops):
+        picture_ = Image.open(index.path(int(plan.image[row]))).convert("RGB")
+        top, left, height, width = (int(v) for v in plan.windows[row, 0])
+        expected = np.array(F.resized_crop(picture_, top, left, height, width, [24, 24]))
+        got = ((crop * std + mean) * 255).round().permute(1, 2, 0).numpy()
+        assert np.abs(got - expected).max() <= 2
+    for batch in open_eval(data):
+        for row, crop in zip(batch.index.tolist(), batch.views[0]):
+            picture_ = Image.open(index.path(row)).convert("RGB")
+            expected = np.array(F.center_crop(F.resize(picture_, 28), [24, 24]))
+            got = ((crop * std + mean) * 255).round().permute(1, 2, 0).numpy()
+            assert np.abs(got - expected).max() <= 2
+
+
+# ------------------------------------------------------------------------------------------------ bad files
+
+
+def jpeg(image, **options):
+    out = io.BytesIO()
+    image.save(out, "JPEG", **options)
+    return out.getvalue()
+
+
+def odd_files(root):
+    """The files of reliability.md 26: name -> whether it decodes."""
+    folder = root / "class0"
+    rgb = Image.fromarray(picture(99, 60, 80))
+    good = {}
+
+    def add(name, content, decodes):
+        (folder / name).write_bytes(content)
+        good[f"class0/{name}"] = decodes
+
+    add("truncated.jpg", jpeg(rgb)[:900], False)
+    add("empty.jpg", b"", False)
+    add("text.jpg", b"this is not an image", False)
+    add("garbage.jpg", jpeg(rgb)[:40] + b"\x00" * 500, False)
+    png = io.BytesIO()
+    rgb.save(png, "PNG")
+    add("png_named.JPEG", png.getvalue(), True)
+    add("cmyk.jpg", jpeg(rgb.convert("CMYK")), True)
+    add("gray.jpg", jpeg(rgb.convert("L")), True)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    add("rotated.jpg", jpeg(rgb, exif=exif), True)
+    add("progressive.jpg", jpeg(rgb, progressive=True), True)
+    add("one.jpg", jpeg(Image.new("RGB", (1, 1), (200, 10, 60))), True)
+    add("line.jpg", jpeg(rgb.resize((1, 40))), True)
+    for name, mode in (("alpha.png", "RGBA"), ("palette.png", "P"), ("deep.png", "I;16")):
+        out = io.BytesIO()
+        (Image.fromarray((picture(3, 20, 20)[:, :, 0].astype(np.uint16) * 257)) if mode == "I;16" else rgb.convert(mode)).save(out, "PNG")
+        add(name, out.getvalue(), True)
+    gif = io.BytesIO()
+    rgb.save(gif, "GIF")
+    add("moving.gif", gif.getvalue(), True)
+    (folder / "bomb.png").write_bytes(bomb(50_000, 50_000))
+    good["class0/bomb.png"] = False
+    name = b"caf\xe9 \n.jpg"
+    import os
+
+    with open(os.path.join(os.fsencode(folder), name), "wb") as file:
+        file.write(jpeg(rgb))
+    return good
+
+
+def bomb(width, height):
+    """A PNG header that promises 2.5 gigapixels."""
+    import struct
+    import zlib
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+
+
+@pytest.fixture(scope="module")
+def odd_tree(tmp_path_factory):
+    root = write_tree(tmp_path_factory.mktemp("odd"), count=990, classes=3)
+    return root, odd_files(root)
+
+
+@pytest.mark.parametrize("backend", FILES)
+def test_a_run_over_a_thousand_images_with_odd_files_finishes(backend, odd_tree):
+    root, decodes = odd_tree
+    data = config(backend, root, batch_size=64, micro_batch=32)
+    index = loaders.open_data(data, "train")
+    assert len(index) >= 1000
+    loader = open_train(data)
+    batches = take(loader, 2 * -(-len(index) // 32))  # two epochs
+    assert {f"class0/{path.rsplit('/', 1)[1]}" for path in loader.bad} == {n for n, ok in decodes.items() if not ok}
+    assert all(reason for reason in loader.bad.values())
+    assert all(len(batch.label) == 32 for batch in batches)
+    seen = set(torch.cat([batch.index for batch in batches]).tolist())
+    bad_rows = {row for row in range(len(index)) if index.path(row) in loader.bad}
+    assert seen == set(range(len(index))) - bad_rows
+    evaluated = torch.cat([batch.index for batch in open_eval(data)]).tolist()
+    assert evaluated == [row for row in range(len(index)) if row not in bad_rows]
+
+
+def test_back_ends_replace_the_same_images_by_the_same_successors(odd_tree):
+    pytest.importorskip("nvidia.dali", reason="nvidia-dali is not installed")
+    root, _ = odd_tree
+    runs = [take(open_train(config(b, root, batch_size=64, micro_batch=32)), 34) for b in ("folder", "dali")]
+    for a, b in zip(*runs):
+        assert torch.equal(a.index, b.index) and torch.equal(a.label, b.label)
+        assert ((a.views[0] - b.views[0]).abs() * 255 * 0.225).mean() <= 2.0
+
+
+@pytest.mark.parametrize("backend", FILES)
+def test_bad_file_stops_a_run_that_asks_for_it(backend, tmp_path):
+    root = write_tree(tmp_path / "data")
+    bad = root / "class1" / "0004.jpg"
+    bad.write_bytes(bad.read_bytes()[:700])
+    loader = open_train(config(backend, root, on_bad_image="stop"))
+    with pytest.raises(DataError, match=r"class1/0004\.jpg.*on_bad_image=replace"):
+        take(loader, 6)
+
+
+@pytest.mark.parametrize("backend", FILES)
+def test_file_that_vanishes_or_changes_is_replaced(backend, tmp_path):
+    root = write_tree(tmp_path / "data")
+    data = config(backend, root)
+    index = loaders.open_data(data, "train")
+    (root / "class0" / "0003.jpg").unlink()
+    loader = loaders.open_train(
+        data, index, seed=0, step=0, rank=0, world_size=1, local_world_size=1, device=CPU
+    )
+    take(loader, 6)
+    assert [path.rsplit("/", 1)[1] for path in loader.bad] == ["0003.jpg"]
+    assert "cannot be read" in next(iter(loader.bad.values()))
+
+
+@pytest.mark.parametrize("backend", FILES)
+def test_nothing_decodable_is_an_error_and_no_endless_loop(backend, tmp_path):
+    root = write_tree(tmp_path / "data", count=8, classes=2)
+    for path in root.glob("*/*.jpg"):
+        path.write_bytes(b"no image")
+    with pytest.raises(Exception, match="images in a row cannot be decoded"):
+        take(open_train(config(backend, root)), 1)
+
+
+# ------------------------------------------------------------------------------------------------ index
+
+
+def test_index_is_cached_and_notices_changes(tmp_path, monkeypatch):
+    root = write_tree(tmp_path / "data")
+    data = config("folder", root)
+    first = loaders.open_data(data, "train")
+    from loaders import index as module
+
+    monkeypatch.setattr(module, "_scan", lambda *a: pytest.fail("not cached"))
+    again = loaders.open_data(data, "train")
+    assert again.fingerprint == first.fingerprint
+    assert np.array_equal(again.width, first.width) and set(again.format) == {b"JPEG"}
+    monkeypatch.undo()
+    shutil.copy(root / "class0" / "0000.jpg", root / "class1" / "new.jpg")
+    changed = loaders.open_data(data, "train")
+    assert len(changed) == len(first) + 1 and changed.fingerprint != first.fingerprint
+
+
+def test_damaged_or_unwritable_cache_is_no_error(tmp_path, monkeypatch):
+    root = write_tree(tmp_path / "data")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    first = loaders.open_data(config("folder", root), "train")
+    for file in (tmp_path / "cache" / "burn-engine").iterdir():
+        file.write_bytes(b"damaged")
+    assert loaders.open_data(config("folder", root), "train").fingerprint == first.fingerprint
+    (tmp_path / "file").write_text("not a folder")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert loaders.open_data(config("folder", root), "train").fingerprint == first.fingerprint
+
+
+def test_layout_errors_name_the_folder(tmp_path):
+    with pytest.raises(DataError, match="no such folder"):
+        loaders.open_data(config("folder", tmp_path / "nowhere"), "train")
+    (tmp_path / "flat").mkdir()
+    with pytest.raises(DataError, match="no class folders"):
+        loaders.open_data(config("folder", tmp_path / "flat"), "train")
+    write_tree(tmp_path / "data")
+    (tmp_path / "data" / "hollow").mkdir()
+    with pytest.raises(DataError, match=r"hollow: class without images"):
+        loaders.open_data(config("folder", tmp_path / "data"), "train")
+
+
+def test_fewer_images_than_a_batch(tree):
+    with pytest.raises(DataError, match=r"24 images are fewer than data.batch_size 32"):
+        open_train(config("folder", tree, batch_size=32))
+
+
+def test_missing_dali_names_the_package(tree, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    with pytest.raises(DataError, match=r"pip install nvidia-dali-cuda120"):
+        open_train(config("dali", tree))

@@ -1,0 +1,252 @@
+"""Recipes: every message, merging, overrides, the resolved form, and all recipes of the repository."""
+
+import copy
+import time
+
+import pytest
+import yaml
+
+from engine import recipe as recipes
+from engine.describe import describe
+from engine.recipe import RecipeError, micro_steps
+from tests.conftest import RECIPE_IDS, RECIPES, ROOT, tiny
+
+STAGE1 = ROOT / "recipes" / "burn_stage1.yaml"
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=RECIPE_IDS)
+def test_recipe_resolves_and_its_dump_resolves_to_the_same(path, tmp_path):
+    recipe = recipes.load(path)
+    copied = tmp_path / "recipe.yaml"
+    copied.write_text(recipe.dump())
+    again = recipes.load(copied)
+    assert again.dump() == recipe.dump() and again.hash == recipe.hash
+    assert again.name == recipe.name
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=RECIPE_IDS)
+def test_recipe_opens_with_its_command_and_status(path):
+    head = path.read_text().split("\nmethod", 1)[0]
+    assert f"tools/train.py {path.relative_to(ROOT)}" in head and "status:" in head
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=RECIPE_IDS)
+def test_dry_run_touches_nothing_and_says_what_is_missing(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = describe(recipes.load(path))
+    assert "of which trained" in text and "binary GMACs" in text
+    assert "data.train: no folder" in text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_dry_run_of_stage2_has_the_papers_numbers(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    text = describe(recipes.load(ROOT / "recipes" / "burn_stage2.yaml"))
+    for number in ("29,368,192", "6,056,000", "23,508,032", "8,104,000", "43,528,192", "1,281,167", "4.817"):
+        assert number in text
+    assert "init.0.from: runs/burn_stage1" in text and "moco_v2_800ep_pretrain.pth.tar" in text
+
+
+def mutated(change):
+    content = copy.deepcopy(recipes._read(STAGE1, ()))
+    change(content)
+    content.setdefault("name", "x")
+    return content
+
+
+def message(change):
+    with pytest.raises(RecipeError) as caught:
+        recipes.resolve(mutated(change), STAGE1)
+    text = str(caught.value)
+    assert "\n" not in text and text.startswith(str(STAGE1))
+    return text
+
+
+def setter(path, value):
+    def change(content):
+        *parents, last = path.split(".")
+        for key in parents:
+            content = content[int(key)] if key.isdigit() else content[key]
+        content[last] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "expected"),
+    [
+        ("method.temprature", 0.1, "method.temprature: unknown key, did you mean 'temperature'?"),
+        ("method.student.widht", 8, "method.student.widht: unknown key, did you mean 'width'?"),
+        ("data.views.0.jiter", 0.1, "data.views.0.jiter: unknown key, did you mean 'jitter'?"),
+        ("run.durration", "1ep", "run.durration: unknown key, did you mean 'duration'?"),
+        ("metod", {}, "metod: unknown key, did you mean 'method'?"),
+        ("schedules.lamda", 0.1, "schedules.lamda: unknown key"),
+        ("method.temperature", "0.2", "method.temperature: expected a valid number, got '0.2'"),
+        ("method.temperature", -1, "method.temperature: expected greater than 0, got -1"),
+        ("method.temperature", True, "method.temperature: expected a valid number, got True"),
+        ("data.batch_size", 4096.5, "data.batch_size: expected a valid integer"),
+        ("data.batch_size", 4000, "data: batch_size 4000 is not a multiple of micro_batch 256"),
+        ("method.target_gradient", "all", "method.target_gradient: expected 'none', 'kl' or 'both', got 'all'"),
+        ("method.student.weights", "ternary", "method.student.weights: expected 'real' or 'binary'"),
+        ("method.name", "brun", "method.name: unknown value 'brun', expected one of burn, classify, moco"),
+        ("data.backend", "dalli", "data.backend: unknown value 'dalli', expected one of dali, folder, synthetic"),
+        ("data.views.0.preset", "burnn", "unknown preset 'burnn', expected one of burn, moco_v2"),
+        ("data.views.0.size", 112, "data.views.0.size: image side 112 does not fit ReActNet"),
+        ("data.eval_view.size", 200, "data.eval_view.size: image side 200 does not fit ReActNet"),
+        ("data.views.0.flip", 1.5, "data.views.0.flip: expected less than or equal to 1, got 1.5"),
+        ("run.duration", "200", "run.duration: expected a duration such as 200ep"),
+        ("run.duration", "10%", "run.duration: expected epochs or steps such as 200ep"),
+        ("name", "../elsewhere", "name: expected letters, digits"),
+        ("name", "/absolute", "name: expected letters, digits"),
+        ("name", "a\x00b", "name: expected letters, digits"),
+        ("evals.0.kind", "accuracy", "evals.0.kind: method burn has no classifier"),
+        ("optim.lr_scale", {"student": 0}, "optim.lr_scale.student: expected greater than 0"),
+        ("init.0.load", [], "init.0.load: "),
+        ("seed", -1, "seed: expected greater than or equal to 0"),
+    ],
+)
+def test_messages(path, value, expected):
+    assert expected in message(setter(path, value))
+
+
+def test_missing_parts():
+    assert "method.name: missing" in message(lambda content: content.pop("method"))
+    assert "optim: missing" in message(lambda content: content.pop("optim"))
+    assert "schedules.balance: missing" in message(lambda content: content["schedules"].pop("balance"))
+    assert "data.views: expected 2 for method burn, got 1" in message(lambda content: content["data"]["views"].pop())
+
+
+def keys(content, prefix=()):
+    items = content.items() if isinstance(content, dict) else enumerate(content)
+    for key, item in items:
+        yield (*prefix, key)
+        if isinstance(item, dict | list):
+            yield from keys(item, (*prefix, key))
+
+
+def resolved():
+    return yaml.safe_load(recipes.load(STAGE1).dump())
+
+
+def test_misspelling_any_key_is_an_error_that_names_it():
+    # reliability.md 21: a sweep over every key of a resolved recipe.
+    paths = [path for path in keys(resolved()) if isinstance(path[-1], str)]
+    assert len(paths) > 80
+    for path in paths:
+        if path[:2] == ("init", 0) and path[-2:-1] == ("load",) or "load" in path[:-1]:
+            continue  # names of parts are the user's
+        content = resolved()
+        place = content
+        for key in path[:-1]:
+            place = place[key]
+        place[path[-1] + "x"] = place.pop(path[-1])
+        with pytest.raises(RecipeError) as caught:
+            recipes.resolve(content, STAGE1)
+        assert path[-1] in str(caught.value) or "missing" in str(caught.value), path
+
+
+def test_a_wrong_type_anywhere_is_an_error():
+    # reliability.md 21: every leaf replaced by a value of a type that no field takes.
+    checked = 0
+    for path in list(keys(resolved())):
+        content = resolved()
+        place = content
+        for key in path[:-1]:
+            place = place[key]
+        if isinstance(place[path[-1]], dict | list) or place[path[-1]] is None or "load" in path:
+            continue
+        place[path[-1]] = {"a": 1}
+        with pytest.raises(RecipeError):
+            recipes.resolve(content, STAGE1)
+        checked += 1
+    assert checked > 80
+
+
+def write(tmp_path, text, name="r.yaml"):
+    path = tmp_path / name
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("seed: 1\nseed: 2\n", "line 2: duplicate key 'seed'"),
+        ("run: {amp: off, amp: bf16}", "duplicate key 'amp'"),
+        ("seed: !!python/object/apply:os.system ['touch canary']", "not valid YAML"),
+        ("a: &x [1]\nb: [*x, *x]", "line 2: aliases"),
+        ("seed:\t1", "not valid YAML"),
+        (b"seed: \xff\xfe", "is not UTF-8"),
+        ("- 1\n- 2", "expected sections"),
+        ("1: 2", "key 1 is not a word"),
+        ("seed: [1", "not valid YAML: line"),
+        (b"x: " + b"a" * 2_000_000, "larger than"),
+        ("a: " + "[" * 5000, "nested too deeply"),
+        ("base: missing.yaml", "missing.yaml: no such file"),
+        ("base: r.yaml", "its own base"),
+    ],
+)
+def test_hostile_or_broken_yaml(tmp_path, monkeypatch, text, expected):
+    # reliability.md 21 and 22
+    monkeypatch.chdir(tmp_path)
+    path = write(tmp_path, text)
+    started = time.perf_counter()
+    with pytest.raises(RecipeError, match=expected):
+        recipes.load(path)
+    assert time.perf_counter() - started < 2
+    assert not (tmp_path / "canary").exists()
+
+
+def test_plain_scalars_mean_what_they_look_like():
+    parsed = recipes._parse("{a: 3e-4, b: 010, c: on, d: yes, e: 1_000, f: 12:30, g: -2, h: .5, i: true, j: ~, k: 1e3}")
+    assert parsed == {
+        "a": 3e-4, "b": "010", "c": "on", "d": "yes", "e": "1_000", "f": "12:30", "g": -2, "h": 0.5, "i": True,
+        "j": None, "k": 1000.0,
+    }  # fmt: skip
+
+
+def test_base_and_overrides(tmp_path):
+    write(tmp_path, f"base: {STAGE1}\nrun: {{keep: 5}}\n", "mid.yaml")
+    path = write(tmp_path, "base: mid.yaml\nschedules: {lr: {start: 1.0}}\ndata: {views: [{preset: moco_v2}, {preset: burn}]}\n")
+    recipe = recipes.load(path, ["data.views.1.size=96", "run.amp=bf16", "init=[]", "schedules.balance=0.5"])
+    assert recipe.name == "r" and recipe.run.keep == 5 and recipe.run.amp == "bf16"
+    assert recipe.schedules["lr"].start == 1.0 and recipe.schedules["lr"].shape == "cosine"
+    assert recipe.schedules["balance"].shape == "constant" and recipe.schedules["balance"].start == 0.5
+    assert recipe.data.views[0].blur == 0.5 and recipe.data.views[1].size == 96
+    assert recipe.init == ()
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("run.keep", "expected section.key=value"),
+        ("=3", "expected section.key=value"),
+        ("run.keep=[", "not a YAML value"),
+        ("data.views.7.size=3", "expected a place from 0 to 1"),
+        ("run.kep=3", "run.kep: unknown key, did you mean 'keep'?"),
+        ("run.keep.deeper=3", "run.keep"),
+    ],
+)
+def test_bad_overrides(override, expected):
+    with pytest.raises(RecipeError, match=expected.replace("?", r"\?")):
+        recipes.load(STAGE1, [override])
+
+
+def test_a_recipe_cannot_be_changed():
+    recipe = recipes.load(STAGE1)
+    with pytest.raises(Exception, match="frozen"):
+        recipe.seed = 3
+
+
+def test_accumulation_follows_from_the_number_of_ranks():
+    recipe = recipes.load(STAGE1)
+    assert [micro_steps(recipe, n) for n in (1, 2, 8, 16)] == [16, 8, 2, 1]
+    with pytest.raises(RecipeError, match="64 ranks do not divide data.batch_size 4096; set data.micro_batch to 64"):
+        micro_steps(recipe, 64)
+    with pytest.raises(RecipeError, match="set data.batch_size to a multiple of 3"):
+        micro_steps(recipe, 3)
+
+
+def test_tiny_versions_keep_what_makes_a_recipe(tmp_path):
+    tinier = tiny("burn_stage2.yaml", tmp_path)
+    assert tinier.method.student.weights == "binary" and tinier.method.target_gradient == "kl"
