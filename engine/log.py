@@ -87,6 +87,12 @@ class Meter:
         self.load_state_dict({})
         return dict(zip(names, values, strict=True))
 
+    def agree(self) -> None:
+        """Replace every rank's sums by their mean, which a checkpoint then holds for all of them."""
+        if self._sums:
+            means = dist.mean(torch.stack(list(self._sums.values())))
+            self._sums = dict(zip(self._sums, means, strict=True))
+
     def state_dict(self) -> dict[str, Any]:
         """An interval that a checkpoint cuts goes on after a resume."""
         return {"sums": self._sums, "counts": self._counts} if self._sums else {}

@@ -135,10 +135,10 @@ class Trainer:
                 self.scaler.scale(scalars["loss"] / self.micro_steps).backward()
             bad |= ~scalars["loss"].detach().isfinite()
             self.meter.add(scalars)
+        if not self._guarded:
+            self._guard()
         self.scaler.unscale_(self.optimizer)
         norm = optim.gradient_norm(self.trained)
-        if not self._guarded and (not self.scaler.is_enabled() or norm.isfinite()):
-            self._guard()
         # With a loss scaler an overflow skips a step; too many in a row, or any without one, end the run.
         self._skipped = torch.where(norm.isfinite(), 0, self._skipped + 1)
         allowed = self.recipe.run.max_skipped_steps if self.scaler.is_enabled() else 0
@@ -153,7 +153,6 @@ class Trainer:
 
     def _guard(self) -> None:
         """Once: what should move has a gradient, nothing else has one. The released BURN code fails here."""
-        self._guarded = True
         wrong = []
         for name, parameter in self.method.named_parameters():
             gradient = parameter.grad
@@ -168,6 +167,7 @@ class Trainer:
                 f"{len(wrong)} of {sum(1 for _ in self.method.parameters())} parameters are not trained as "
                 f"declared: {'; '.join(wrong[:8])}"
             )
+        self._guarded = True
 
     # -------------------------------------------------------------------------------------------- the run
 
@@ -280,6 +280,7 @@ class Trainer:
         return flat
 
     def _save(self, step: int, *, must: bool) -> None:
+        self.meter.agree()
         if self.world.is_main:
             try:
                 path = checkpoint.save(

@@ -1,0 +1,633 @@
+"""The loop, on tiny versions of every recipe: who moves, exact resume, ranks, precision, numbers that go wrong."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from engine import checkpoint, dist, train
+from engine import recipe as recipes
+from engine.recipe import RecipeError
+from engine.train import NotFinite, Trainer, Untrained
+from models import methods
+from models.weights import WeightsError
+from tests.conftest import (
+    RECIPE_IDS,
+    RECIPES,
+    assert_same_run,
+    differences,
+    last_state,
+    rows,
+    run,
+    run_ranks,
+    tiny,
+)
+
+ALL = pytest.mark.parametrize("path", RECIPES, ids=RECIPE_IDS)
+
+
+def trainer_of(recipe, **options):
+    return Trainer(recipe, dist.start("cpu", 60), **options)
+
+
+def prepare(recipe):
+    """A trainer that can be stepped by hand."""
+    trainer = trainer_of(recipe)
+    trainer.loader = train.loaders.open_train(
+        recipe.data, trainer.indices["train"], seed=recipe.seed, step=0, rank=0, world_size=1, local_world_size=1,
+        device=torch.device("cpu"),
+    )  # fmt: skip
+    return trainer
+
+
+@ALL
+def test_what_should_move_moves_and_nothing_else_does(path, tmp_path):
+    # methods.md 7.8.1: the test that would have caught the released code.
+    trainer = prepare(tiny(path, tmp_path))
+    method = trainer.method
+    before = {name: value.clone() for name, value in method.state_dict().items()}
+    trainer.step()
+    trainer.steps_done += 1
+    trainer.step()  # a warm-up may start at a learning rate of zero, a momentum network moves after the first step
+    trained = {name for name, parameter in method.named_parameters() if parameter.requires_grad}
+    statistics = {name for name, _ in method.named_buffers() if "running_" in name or "num_batches" in name}
+    training_statistics = {
+        f"{name}.{leaf}"
+        for name, module in method.named_modules()
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and module.training
+        for leaf in ("running_mean", "running_var", "num_batches_tracked")
+    }
+    assert statistics >= training_statistics
+    for name, value in method.state_dict().items():
+        moved = not torch.equal(before[name], value)
+        after_step = any(name.startswith(prefix) for prefix in method.moved_after_step)
+        may_move = name in trained or name in training_statistics or after_step
+        assert moved <= may_move, f"{name} moved"
+        assert moved >= (name in trained), f"{name} did not move"
+    assert trained
+
+
+@pytest.mark.parametrize(("option", "counts"), [("none", (6, 0)), ("kl", (6, 6)), ("both", (6, 6))])
+def test_gradient_pattern_of_burns_options(option, counts, tmp_path):
+    # methods.md 7.5, with the tensor counts of the full-size networks
+    recipe = tiny("burn_stage1.yaml", tmp_path, f"method.target_gradient={option}", "data.batch_size=8")
+    trainer = prepare(recipe)
+    method = trainer.method
+    batch = next(trainer.loader)
+    loss = method(batch.views, batch.label, {"balance": torch.tensor(0.1)})["loss"]
+    assert loss.requires_grad  # 7.8.2
+    loss.backward()
+
+    def with_gradient(part):
+        return sum(p.grad is not None and bool(p.grad.any()) for p in getattr(method, part).parameters())
+
+    assert with_gradient("student") == 202
+    assert (with_gradient("student_head"), with_gradient("teacher_head")) == counts
+    assert all(p.grad is None for p in method.teacher.parameters())
+
+
+def test_trained_parameters_of_the_linear_protocols():
+    def trained(**changes):
+        config = methods.load("classify").Config.model_validate(
+            {"name": "classify", "backbone": {"arch": "reactnet", "width": 2}, "num_classes": 5, **changes}
+        )
+        method = methods.load("classify").Method(config)
+        return method, {name for name, p in method.named_parameters() if p.requires_grad}
+
+    head = {"classifier.weight", "classifier.bias"}
+    for protocol in ("linear", "pre-fc"):
+        assert trained(trains=protocol)[1] == head
+    method, names = trained(trains="burn-release")
+    assert names == head | {"backbone.fc.weight", "backbone.fc.bias"}
+    method.train()
+    assert not any(module.training for module in method.backbone.modules())
+    images = torch.randn(4, 3, 32, 32)
+    pooled = method.backbone.pooled(images)
+    before_fc = trained(trains="pre-fc")[0]
+    assert torch.equal(before_fc.features(images), before_fc.backbone.pooled(images))
+    assert torch.equal(method.features(images), torch.relu(method.backbone.fc(pooled)))
+    with pytest.raises(ValueError, match="pooled_mlp"):
+        trained(trains="pre-fc", backbone={"arch": "resnet18"})
+
+
+@pytest.mark.parametrize("teacher_bn", ["train", "eval"])
+def test_teacher_features_depend_on_the_batch_only_with_batch_statistics(teacher_bn, tmp_path):
+    # methods.md 7.8.6
+    recipe = tiny("burn_stage1.yaml", tmp_path, f"method.teacher_bn={teacher_bn}")
+    method = methods.load("burn").Method(recipe.method).train()
+    images = torch.randn(6, 3, 32, 32)
+    with torch.no_grad():
+        together, alone = method.teacher(images)[:3], method.teacher(images[:3])
+    assert torch.allclose(together, alone, atol=1e-5) == (teacher_bn == "eval")
+
+
+# ------------------------------------------------------------------------------------------------ exactness
+
+
+def cut(recipe, folder, step):
+    """The run folder as a kill right after the checkpoint of `step` leaves it; a recipe that resumes it."""
+    again = recipe.model_copy(update={"run": recipe.run.model_copy(update={"folder": str(folder)})})
+    shutil.copytree(recipe.folder, again.folder)
+    for path in (again.folder / "checkpoints").iterdir():
+        if int(path.name.split("-")[1]) > step:
+            path.unlink()
+    return again
+
+
+@ALL
+def test_resume_is_exact(path, tmp_path):
+    recipe = tiny(path, tmp_path / "whole", "data.options.num_images=20", "run.log_every=2it", "run.save_every=1it")
+    run(recipe)
+    for step in (1, 3):  # 20 images: an epoch ends inside step 2; step 3 cuts a log interval
+        again = cut(recipe, tmp_path / f"cut{step}", step)
+        run(again, resume=True)
+        assert_same_run(recipe, again)
+
+
+def test_resume_from_every_step(tmp_path):
+    # reliability.md 3
+    recipe = tiny(
+        "quick/burn_stage2.yaml", tmp_path / "whole", "run.duration=24it", "run.save_every=1it", "run.log_every=5it",
+        "evals.0.every=8it", "data.options.num_images=36", "data.batch_size=8", "data.micro_batch=4",
+    )  # fmt: skip
+    run(recipe)
+    for step in range(1, 24):
+        again = cut(recipe, tmp_path / f"cut{step}", step)
+        run(again, resume=True)
+        assert_same_run(recipe, again)
+        shutil.rmtree(tmp_path / f"cut{step}")
+
+
+@ALL
+def test_two_runs_are_equal(path, tmp_path):
+    # reliability.md 5
+    a, b = (tiny(path, tmp_path / name) for name in "ab")
+    run(a), run(b)
+    assert_same_run(a, b)
+    c = tiny(path, tmp_path / "c", "seed=1")
+    run(c)
+    assert differences(last_state(a)["method"], last_state(c)["method"])
+
+
+def ranks_run(recipe_path, folder, overrides, resume):
+    from tests.conftest import tiny
+
+    train.run(tiny(recipe_path, folder, *overrides), resume=resume)
+
+
+@ALL
+def test_resume_is_exact_on_two_ranks(path, tmp_path):
+    overrides = ["data.micro_batch=4", "run.save_every=1it", "run.log_every=2it"]
+    whole = tiny(path, tmp_path / "whole", *overrides)
+    assert run_ranks(2, ranks_run, path, tmp_path / "whole", overrides, False) == [0, 0]
+    again = cut(whole, tmp_path / "cut", 3)
+    assert run_ranks(2, ranks_run, path, tmp_path / "cut", overrides, True) == [0, 0]
+    assert_same_run(whole, again)
+
+
+def test_sampled_stream_is_the_same_after_resume(tmp_path, monkeypatch):
+    # reliability.md 4: a ledger of what was drawn, before and after.
+    recipe = tiny("quick/burn_stage1.yaml", tmp_path / "whole", "run.save_every=1it")
+    ledger = []
+    from loaders.sampler import Stream
+
+    plan = Stream.plan
+
+    def spy(self, positions):
+        made = plan(self, positions)
+        if self.shuffled:
+            ledger.append((list(positions), made.image.tolist(), made.windows.tolist(), made.color.tolist()))
+        return made
+
+    monkeypatch.setattr(Stream, "plan", spy)
+    run(recipe)
+    whole, ledger = ledger, []
+    run(cut(recipe, tmp_path / "cut", 2), resume=True)
+    assert ledger == whole[-len(ledger):] and len(ledger) == 8
+    positions = [p for chunk, *_ in whole for p in chunk]
+    assert positions == list(range(96))
+
+
+# ------------------------------------------------------------------------------------------------ ranks
+
+
+def gradients(overrides, folder):
+    """Gradients of one optimizer step of a float64 network, in rank 0's file."""
+    recipe = tiny("quick/supervised.yaml", folder, *overrides)
+    world = dist.start("cpu", 60)
+    torch.set_default_dtype(torch.float64)
+    try:
+        trainer = Trainer(recipe, world)
+        trainer.method.backbone.eval()  # BatchNorm with running statistics
+        batches = train.loaders.open_train(
+            recipe.data, trainer.indices["train"], seed=0, step=0, rank=world.rank, world_size=world.world_size,
+            local_world_size=world.local_world_size, device=world.device,
+        )  # fmt: skip
+        trainer.loader = (b._replace(views=[view.double() for view in b.views]) for b in batches)
+        kept = {}
+        trainer.optimizer.step = lambda: kept.update(
+            {name: p.grad.clone() for name, p in trainer.method.named_parameters()}
+        )
+        trainer.step()
+    finally:
+        torch.set_default_dtype(torch.float32)
+        dist.stop()
+    if world.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save(kept, folder / "gradients.pt")
+
+
+def test_two_ranks_equal_accumulation_equal_one_batch(tmp_path):
+    # reliability.md 6 and 7, methods.md 7.8.5
+    gradients(["data.micro_batch=16"], tmp_path / "one")
+    gradients(["data.micro_batch=4"], tmp_path / "accumulated")
+    assert run_ranks(2, gradients, ["data.micro_batch=8"], tmp_path / "two") == [0, 0]
+    assert run_ranks(2, gradients, ["data.micro_batch=4"], tmp_path / "both") == [0, 0]
+    one = torch.load(tmp_path / "one" / "gradients.pt")
+    for name in ("accumulated", "two", "both"):
+        other = torch.load(tmp_path / name / "gradients.pt")
+        for key, gradient in one.items():
+            scale = gradient.abs().max().clamp(min=1e-12)
+            assert (gradient - other[key]).abs().max() / scale < 1e-6, (name, key)
+
+
+def synced(folder):
+    from models.heads import MLP, SyncBatchNorm1d
+
+    world = dist.start("cpu", 60)
+    torch.manual_seed(0)
+    head = MLP(6, 5, 4, norm=True).double()
+    x = torch.randn(12, 6, dtype=torch.float64)
+    target = torch.randn(12, 4, dtype=torch.float64)
+    mine = slice(12 // world.world_size * world.rank, 12 // world.world_size * (world.rank + 1))
+    x = x[mine].requires_grad_()
+    assert isinstance(head.bn0, SyncBatchNorm1d)
+    ((head(x) - target[mine]) ** 2).sum().backward()
+    for parameter in head.parameters():
+        parameter.grad = dist.total(parameter.grad)
+    state = {
+        "x": dist.gather_rows(x.grad),
+        **{f"grad {n}": p.grad for n, p in head.named_parameters()},
+        **{f"buffer {n}": b for n, b in head.named_buffers()},
+    }
+    if world.is_main:
+        torch.save(state, folder / f"{world.world_size}.pt")
+    dist.stop()
+
+
+def test_synced_batch_norm_equals_one_process(tmp_path):
+    synced(tmp_path)
+    assert run_ranks(2, synced, tmp_path) == [0, 0]
+    one, two = torch.load(tmp_path / "1.pt"), torch.load(tmp_path / "2.pt")
+    for key in one:
+        assert torch.allclose(one[key].double(), two[key].double(), atol=1e-12), key
+
+
+def shuffled(folder):
+    from models.methods.moco import Config, Method
+
+    world = dist.start("cpu", 60)
+    torch.manual_seed(0)
+    reactnet = {"arch": "reactnet", "width": 2, "weights": "real", "activations": "real"}
+    config = Config.model_validate({"name": "moco", "backbone": reactnet, "out_dim": 4, "queue_size": 12})
+    method = Method(config).train()
+    method.key_backbone.eval()  # running statistics: shuffling must then change nothing but the order
+    images = torch.randn(8, 3, 32, 32)
+    size = 8 // world.world_size
+    mine = images[size * world.rank : size * (world.rank + 1)]
+    torch.manual_seed(5)
+    method([mine, mine], torch.zeros(size), {})
+    method.after_step({"momentum": 0.5})
+    if world.is_main:
+        torch.save({"queue": method.queue, "pointer": method.queue_pointer}, folder / f"moco{world.world_size}.pt")
+    dist.stop()
+
+
+def test_mocos_queue_and_shuffle_over_ranks(tmp_path):
+    shuffled(tmp_path)
+    assert run_ranks(2, shuffled, tmp_path) == [0, 0]
+    one, two = (torch.load(tmp_path / f"moco{n}.pt") for n in (1, 2))
+    assert torch.allclose(one["queue"], two["queue"], atol=1e-6)
+    assert one["pointer"] == two["pointer"] == 8
+
+
+def test_mocos_queue_is_first_in_first_out(tmp_path):
+    recipe = tiny("quick/moco.yaml", tmp_path, "schedules.lr=0.05")
+    trainer = prepare(recipe)
+    method = trainer.method
+    key_before = next(method.key_backbone.parameters()).clone()
+    query_before = next(method.backbone.parameters()).clone()
+    for step in range(5):  # 16 keys each into 48 places
+        kept = method.queue.clone()
+        trainer.step()
+        trainer.steps_done += 1
+        places = torch.arange(16 * step, 16 * step + 16) % 48
+        others = [i for i in range(48) if i not in places.tolist()]
+        assert torch.equal(method.queue[:, others], kept[:, others])
+        assert not torch.equal(method.queue[:, places], kept[:, places])
+        assert torch.allclose(method.queue.norm(dim=0), torch.ones(48), atol=1e-5)
+        if step == 0:
+            query = next(method.backbone.parameters())
+            momentum = recipe.schedules["momentum"].start
+            expected = momentum * key_before + (1 - momentum) * query
+            assert torch.allclose(next(method.key_backbone.parameters()), expected, atol=1e-7)
+            assert not torch.equal(query, query_before)
+    assert method.queue_pointer == 80 % 48
+
+
+def evaluated(folder):
+    recipe = tiny("quick/burn_stage2.yaml", folder, "data.options.num_val_images=13", "data.micro_batch=4")
+    world = dist.start("cpu", 60)
+    trainer = Trainer(recipe, world)
+    from engine import evals
+
+    if world.rank == 1:
+        for buffer in trainer.method.buffers():
+            if buffer.is_floating_point():
+                buffer += 1  # statistics of ranks differ; rank 0's count
+    scores = evals.run(recipe.evals[0], trainer.method, recipe.data, trainer.indices, world)
+    if world.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{world.world_size}.json").write_text(json.dumps(scores))
+    assert trainer.method.training
+    dist.stop()
+
+
+def test_evaluation_is_the_same_on_three_ranks(tmp_path):
+    evaluated(tmp_path)
+    recipe_batch = run_ranks(2, evaluated, tmp_path)
+    assert recipe_batch == [0, 0]
+    one, two = (json.loads((tmp_path / f"{n}.json").read_text()) for n in (1, 2))
+    assert one == two and one["measured"] == 13
+
+
+def test_knn_against_its_definition():
+    from engine.evals import knn
+
+    rng = np.random.default_rng(0)
+    bank, query, label = rng.normal(size=(30, 5)), rng.normal(size=(9, 5)), rng.integers(0, 4, 30)
+    got = knn(torch.tensor(bank), torch.tensor(label), torch.tensor(query), 4, 7, 0.07)
+    unit = bank / np.linalg.norm(bank, axis=1, keepdims=True)
+    for i, q in enumerate(query):
+        cosine = unit @ (q / np.linalg.norm(q))
+        nearest = np.argsort(-cosine)[:7]
+        votes = [np.exp(cosine[nearest] / 0.07)[label[nearest] == c].sum() for c in range(4)]
+        assert got[i] == int(np.argmax(votes))
+
+
+# ------------------------------------------------------------------------------------------------ going wrong
+
+
+def test_the_guard_catches_a_loss_without_graph(tmp_path, monkeypatch):
+    # reliability.md 17: what the released BURN does, with the line that hid it.
+    from models.methods import burn
+
+    honest = burn.burn_loss
+
+    def released(*arguments):
+        out = honest(*arguments)
+        return {**out, "loss": out["loss"].detach().requires_grad_()}
+
+    monkeypatch.setattr(burn, "burn_loss", released)
+    recipe = tiny("burn_stage1.yaml", tmp_path)
+    with pytest.raises(Untrained) as caught:
+        run(recipe)
+    assert "has no gradient" in str(caught.value)
+    assert not (recipe.folder / "checkpoints").exists()
+
+
+def test_the_guard_names_a_part_that_is_not_used(tmp_path, monkeypatch):
+    from models.methods import burn
+
+    honest = burn.burn_loss
+    monkeypatch.setattr(
+        burn, "burn_loss", lambda outputs, targets, *rest: honest(outputs, [t.detach() for t in targets], *rest)
+    )
+    with pytest.raises(Untrained, match=r"teacher_head\.fc0\.weight has no gradient"):
+        run(tiny("burn_stage1.yaml", tmp_path))
+
+
+def poison(monkeypatch, step, rank=0, where="loss"):
+    from models.methods import burn
+
+    honest = burn.Method.forward
+    calls = {"n": 0}
+
+    def forward(self, *arguments):
+        out = honest(self, *arguments)
+        calls["n"] += 1
+        if calls["n"] == step and dist.environment_rank() == rank:
+            if where == "loss":
+                out["loss"] = out["loss"] * float("nan")
+            else:
+                next(self.student.parameters()).register_hook(lambda g: g * float("nan"))
+        return out
+
+    monkeypatch.setattr(burn.Method, "forward", forward)
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_not_finite_stops_before_anything_is_saved(tmp_path, monkeypatch, where):
+    recipe = tiny("burn_stage1.yaml", tmp_path, "data.micro_batch=16", "run.save_every=1it")
+    poison(monkeypatch, 4, where=where)
+    with pytest.raises(NotFinite, match="step 4"):
+        run(recipe)
+    assert last_state(recipe)["step"] == 3
+
+
+def poisoned_rank(folder, where):
+    with pytest.MonkeyPatch.context() as patch:
+        poison(patch, 4, rank=1, where=where)
+        recipe = tiny("burn_stage1.yaml", folder, "data.micro_batch=8", "run.save_every=1it")
+        try:
+            train.run(recipe)
+        except NotFinite as error:
+            (folder / f"rank{dist.environment_rank()}").write_text(str(error))
+            raise SystemExit(train.EXIT_NOT_FINITE) from None
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_not_finite_on_one_rank_stops_all_at_the_same_step(tmp_path, where):
+    # reliability.md 15
+    assert run_ranks(2, poisoned_rank, tmp_path, where) == [train.EXIT_NOT_FINITE] * 2
+    assert all("step 4" in (tmp_path / f"rank{rank}").read_text() for rank in (0, 1))
+    assert last_state(tiny("burn_stage1.yaml", tmp_path))["step"] == 3
+
+
+def test_a_network_that_went_bad_is_not_saved(tmp_path, monkeypatch):
+    # a buffer, which no gradient check sees: the last good checkpoint must stay
+    recipe = tiny("burn_stage1.yaml", tmp_path, "run.save_every=1it", "run.keep=1", "evals=[]")
+    from models.methods import burn
+
+    honest = burn.Method.after_step
+
+    def spoil(self, values):
+        honest(self, values)
+        self.spoiled = getattr(self, "spoiled", 0) + 1
+        if self.spoiled == 4:
+            self.teacher.blocks[0].norm1.running_mean[0] = float("nan")
+
+    monkeypatch.setattr(burn.Method, "after_step", spoil)
+    with pytest.raises(checkpoint.CheckpointError, match="not finite: teacher"):
+        run(recipe)
+    assert last_state(recipe)["step"] == 3
+
+
+# ------------------------------------------------------------------------------------------------ precision
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_mixed_precision_trains_on_a_cpu(amp, tmp_path):
+    recipe = tiny("burn_stage2.yaml", tmp_path, f"run.amp={amp}", "run.log_every=1it")
+    state = run(recipe)
+    assert all(np.isfinite(row["loss"]) for row in rows(recipe) if "loss" in row)
+    assert all(v.dtype != torch.float16 for v in state["method"].values())
+    assert bool(state["scaler"]) == (amp == "fp16")
+
+
+def test_endless_overflow_stops_after_the_allowed_steps(tmp_path, monkeypatch):
+    # reliability.md 16
+    from models.methods import burn
+
+    honest = burn.Method.forward
+
+    def forward(self, *arguments):
+        out = honest(self, *arguments)
+        if self.training:
+            next(self.student.parameters()).register_hook(lambda g: g * float("inf"))
+        return out
+
+    monkeypatch.setattr(burn.Method, "forward", forward)
+    recipe = tiny(
+        "burn_stage1.yaml", tmp_path, "run.amp=fp16", "run.max_skipped_steps=3", "run.duration=9it", "evals=[]",
+        "run.save_every=100it",
+    )  # fmt: skip
+    with pytest.raises(NotFinite, match="step 4"):
+        run(recipe)
+
+
+@pytest.mark.slow
+def test_compiled_run_equals_the_eager_one(tmp_path):
+    # reliability.md 44; keys of the checkpoint do not know of compilation
+    overrides = ["data.batch_size=8", "run.duration=4it", "evals=[]"]
+    eager, compiled = (
+        tiny("quick/supervised.yaml", tmp_path / str(c), *overrides, f"run.compile={str(c).lower()}") for c in (False, True)
+    )
+    a, b = run(eager), run(compiled)
+    assert a["method"].keys() == b["method"].keys()
+    for one, two in zip(rows(eager), rows(compiled)):
+        assert abs(one["loss"] - two["loss"]) < 1e-3 * abs(one["loss"])
+
+
+def test_student_has_no_graph_break(tmp_path):
+    recipe = tiny("burn_stage2.yaml", tmp_path)
+    method = methods.load("burn").Method(recipe.method).train()
+    explained = torch._dynamo.explain(method.student)(torch.randn(2, 3, 32, 32))
+    assert explained.graph_break_count == 0 and explained.graph_count == 1
+    torch._dynamo.reset()
+
+
+# ------------------------------------------------------------------------------------------------ hand-over
+
+
+def test_stage_1_hands_over_to_stage_2_and_to_linear_evaluation(tmp_path):
+    # methods.md 7.8.4, reliability.md 39
+    stage1 = tiny("burn_stage1.yaml", tmp_path)
+    first = run(stage1)["method"]
+    init = f"init=[{{from: {stage1.folder}, load: [student, student_head, teacher_head]}}]"
+    stage2 = trainer_of(tiny("burn_stage2.yaml", tmp_path, init))
+    second = stage2.method.state_dict()
+    for name, value in first.items():
+        if not name.startswith("teacher."):
+            assert torch.equal(second[name], value), name
+    assert any(not torch.equal(second[name], value) for name, value in first.items() if name.startswith("teacher."))
+    linear = trainer_of(
+        tiny("linear.yaml", tmp_path, f"init=[{{from: {stage1.folder}, load: {{backbone: student}}}}]")
+    )
+    for name, value in linear.method.backbone.state_dict().items():
+        assert torch.equal(first[f"student.{name}"], value)
+
+
+def test_wrong_hand_overs_list_what_does_not_fit(tmp_path):
+    # reliability.md 39
+    stage1 = tiny("burn_stage1.yaml", tmp_path)
+    run(stage1)
+
+    def start(init, *more):
+        trainer_of(tiny("burn_stage2.yaml", tmp_path, f"init=[{init}]", *more))
+
+    with pytest.raises(WeightsError, match=r"part 'teacher_head' does not fit.*fc0\.weight has shape"):
+        start(f"{{from: {stage1.folder}, load: [teacher_head]}}", "method.hidden_dim=16")
+    with pytest.raises(WeightsError, match=r"missing fc0\.weight.*unexpected stem\.0\.weight"):
+        start(f"{{from: {stage1.folder}, load: {{student_head: student}}}}")
+    with pytest.raises(checkpoint.CheckpointError, match="no part 'key_backbone', expected one of student"):
+        start(f"{{from: {stage1.folder}, load: {{student: key_backbone}}}}")
+    with pytest.raises(checkpoint.CheckpointError, match="init.load.studnt: the method has no such part"):
+        start(f"{{from: {stage1.folder}, load: {{studnt: student}}}}")
+    with pytest.raises(checkpoint.CheckpointError, match="no such file or run folder"):
+        start("{from: nowhere.pt, load: [student]}")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(checkpoint.CheckpointError, match="expected a complete checkpoint"):
+        start(f"{{from: {tmp_path / 'empty'}, load: [student]}}")
+    half = tmp_path / "half.pt"
+    whole = next((stage1.folder / "checkpoints").iterdir()).read_bytes()
+    half.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(WeightsError, match=r"half\.pt: not a readable weight file"):
+        start(f"{{from: {half}, load: [student]}}")
+
+
+def test_resume_refuses_what_would_change_the_numbers(tmp_path):
+    recipe = tiny("quick/burn_stage1.yaml", tmp_path)
+    run(recipe)
+    with pytest.raises(RecipeError, match="holds a run already; pass --resume"):
+        trainer_of(recipe)
+    changed = tiny("quick/burn_stage1.yaml", tmp_path, "schedules.lr.start=0.5", "data.options.num_images=41")
+    with pytest.raises(RecipeError) as caught:
+        trainer_of(changed, resume=True)
+    assert "schedules.lr.start was" in str(caught.value) and "fingerprint of data.train" in str(caught.value)
+    assert trainer_of(changed, resume=True, allow_changes=True).steps_done == 6
+    free = tiny("quick/burn_stage1.yaml", tmp_path, "run.log_every=3it", "data.workers=2")
+    assert trainer_of(free, resume=True).steps_done == 6
+
+
+def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
+    recipe = tiny("quick/burn_stage1.yaml", tmp_path)
+    first, second = trainer_of(recipe), trainer_of(recipe)
+    first._open_folder()
+    with pytest.raises(RecipeError, match="another process is running here"):
+        second._open_folder()
+    first.close()
+
+
+def test_data_that_does_not_fit_the_recipe(tmp_path, tree):
+    files = ["data.backend=folder", "data.options={}", f"data.train={tree}", f"data.val={tree}", "data.workers=0"]
+    with pytest.raises(train.DataError, match="24 images, the recipe expects 30; .*data.expect_images=24"):
+        trainer_of(tiny("linear.yaml", tmp_path, *files, "data.expect_images=30"))
+    with pytest.raises(train.DataError, match="3 classes, the recipe expects method.num_classes=4"):
+        trainer_of(tiny("linear.yaml", tmp_path, *files))
+    shutil.copytree(tree, tmp_path / "val")
+    (tmp_path / "val" / "class0").rename(tmp_path / "val" / "other")
+    with pytest.raises(train.DataError, match="classes differ"):
+        trainer_of(tiny("linear.yaml", tmp_path, *files, f"data.val={tmp_path / 'val'}"))
+    assert not (tmp_path / "linear").exists()
+
+
+def test_metrics_rows_are_complete(tmp_path):
+    recipe = tiny("quick/burn_stage2.yaml", tmp_path)
+    run(recipe)
+    lines = [json.loads(line) for line in (recipe.folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "evaluation" not in line]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
+    for name in (
+        "loss", "kl", "feature", "lr", "balance", "grad_norm", "target_entropy", "target_entropy_of_mean", "target_std",
+        "images_per_second", "data_wait", "memory_gib", "eta_seconds", "epoch", "images",
+    ):  # fmt: skip
+        assert all(np.isfinite(line[name]) for line in steps), name
+    knn = [line for line in lines if line.get("evaluation") == "knn"]
+    assert [line["step"] for line in knn] == [3, 6] and all(line["online"] for line in knn)
+    assert recipes.load(recipe.folder / "recipe.yaml").hash == recipe.hash
+    environment = json.loads((recipe.folder / "environment.json").read_text())
+    assert environment["versions"]["torch"] == torch.__version__
+    assert list((recipe.folder / "tensorboard").iterdir())
