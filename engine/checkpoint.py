@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -58,8 +58,7 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
     broken = [name for name, value in state["method"].items() if not _is_finite(value)]
     if broken:
         raise CheckpointError(
-            f"{folder}: step {step} is not saved, not finite: {', '.join(broken[:5])}; "
-            "the last good checkpoint stays"
+            f"{folder}: step {step} is not saved, not finite: {', '.join(broken[:5])}; the last good checkpoint stays"
         )
     aside = folder / f".step-{step:09d}.{os.getpid()}.part"
     try:
@@ -67,7 +66,7 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
         for left in folder.glob(".step-*.part"):  # of a run that was killed while saving
             left.unlink()
         with _HashingFile(aside) as file:
-            torch.save({"format": FORMAT, "step": step, **state}, file)
+            torch.save({"format": FORMAT, "step": step, **state}, cast(IO[bytes], file))
             file.sync()
         path = folder / f"step-{step:09d}-{file.digest.hexdigest()[:16]}.pt"
         os.replace(aside, path)
@@ -83,7 +82,7 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
 
 def latest(folder: Path) -> tuple[Path | None, list[Path]]:
     """The newest checkpoint whose content matches its hash, and the damaged ones that were passed over."""
-    damaged = []
+    damaged: list[Path] = []
     for path in _newest_first(folder):
         if is_intact(path):
             return path, damaged

@@ -87,8 +87,7 @@ def _length(recipe: Recipe, no_data: bool) -> list[str]:
     lines.append(f"micro-steps      {', '.join(splits)} (of {data.micro_batch} images per rank)")
     for name, schedule in recipe.schedules.items():
         first, middle, last = (
-            value(schedule, step, horizon)
-            for step in (0, horizon.total_steps // 2, max(horizon.total_steps - 1, 0))
+            value(schedule, step, horizon) for step in (0, horizon.total_steps // 2, max(horizon.total_steps - 1, 0))
         )
         lines.append(f"{name:16} {first:.6g} first, {middle:.6g} half-way, {last:.6g} last")
     return lines

@@ -52,9 +52,7 @@ def _knn(
 ) -> dict[str, float]:
     count = min(config.bank, len(indices["train"]))
     rows = np.linspace(0, len(indices["train"]), count, endpoint=False).astype(np.int64).tolist()
-    bank, bank_label = (
-        dist.gather_rows(part) for part in _features(network, data, indices["train"], rows, world)
-    )
+    bank, bank_label = (dist.gather_rows(part) for part in _features(network, data, indices["train"], rows, world))
     query, query_label = _features(network, data, indices["val"], None, world)
     # Every rank classifies its own share of the validation images against the whole bank.
     predicted = knn(bank, bank_label, query, len(indices["train"].classes), config.neighbours, config.temperature)
@@ -99,9 +97,7 @@ def _features(
     return torch.cat(features), torch.cat(labels)
 
 
-def _batches(
-    data: DataConfig, index: Index, rows: list[int] | None, world: World
-) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(data: DataConfig, index: Index, rows: list[int] | None, world: World) -> Iterator[tuple[Tensor, Tensor]]:
     loader = loaders.open_eval(
         data,
         index,

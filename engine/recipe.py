@@ -31,9 +31,7 @@ class RecipeError(ValueError):
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, validate_by_name=False
-    )
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, validate_by_name=False)
 
 
 class OptimConfig(_Section):
@@ -160,22 +158,12 @@ def resolve(content: dict[str, Any], path: Path) -> Recipe:
     content.setdefault("data", {})
     if isinstance(content["data"], dict):
         content["data"].setdefault("options", {})
-    model = create_model(
-        "Recipe",
-        __base__=Recipe,
-        method=(_named(content, "method", "name", methods.available(), methods.load, path).Config, ...),
-        data=(
-            create_model(
-                "DataConfig",
-                __base__=loaders.DataConfig,
-                options=(
-                    _named(content, "data", "backend", loaders.backends(), loaders.load, path).Options,
-                    ...,
-                ),
-            ),
-            ...,
-        ),
-    )
+    config = _named(content, "method", "name", methods.available(), methods.load, path).Config
+    options = _named(content, "data", "backend", loaders.backends(), loaders.load, path).Options
+    # Typed by hand: the section classes of this recipe's method and back end are known only now.
+    make: Any = create_model
+    data = make("DataConfig", __base__=loaders.DataConfig, options=(options, ...))
+    model: type[Recipe] = make("Recipe", __base__=Recipe, method=(config, ...), data=(data, ...))
     try:
         recipe = model.model_validate_json(json.dumps(content))
     except ValidationError as error:
@@ -184,9 +172,7 @@ def resolve(content: dict[str, Any], path: Path) -> Recipe:
     return recipe
 
 
-def _named(
-    content: dict[str, Any], section: str, key: str, known: list[str], load: Any, path: Path
-) -> Any:
+def _named(content: dict[str, Any], section: str, key: str, known: list[str], load: Any, path: Path) -> Any:
     part = content.get(section)
     if not isinstance(part, dict) or key not in part:
         raise RecipeError(f"{path}: {section}.{key}: missing, expected one of {', '.join(known)}")
@@ -214,8 +200,7 @@ def _cross_check(recipe: Recipe, path: Path) -> None:
     for number, evaluation in enumerate(recipe.evals):
         if evaluation.kind == "accuracy" and not method.classifies:
             raise RecipeError(
-                f"{path}: evals.{number}.kind: method {recipe.method.name} has no classifier to measure, "
-                "expected knn"
+                f"{path}: evals.{number}.kind: method {recipe.method.name} has no classifier to measure, expected knn"
             )
     for part, scale in recipe.optim.lr_scale.items():
         if scale <= 0:
@@ -240,8 +225,10 @@ def micro_steps(recipe: Recipe, world_size: int) -> int:
     batch, micro = recipe.data.batch_size, recipe.data.micro_batch
     if batch % (micro * world_size):
         legal = [m for m in range(1, batch + 1) if batch % (m * world_size) == 0]
-        mend = f"set data.micro_batch to {max((m for m in legal if m <= micro), default=legal[0])}" if legal else (
-            f"set data.batch_size to a multiple of {world_size}"
+        mend = (
+            f"set data.micro_batch to {max((m for m in legal if m <= micro), default=legal[0])}"
+            if legal
+            else (f"set data.batch_size to a multiple of {world_size}")
         )
         raise RecipeError(
             f"data.micro_batch: {micro} images x {world_size} ranks do not divide data.batch_size {batch}; {mend}"
@@ -255,7 +242,7 @@ def micro_steps(recipe: Recipe, world_size: int) -> int:
 class _StrictLoader(yaml.SafeLoader):
     """YAML 1.2's plain scalars: `3e-4` is a number, `on` and `010` are text. No aliases, no duplicate keys."""
 
-    yaml_implicit_resolvers: typing.ClassVar[dict[str, Any]] = {}
+    yaml_implicit_resolvers: typing.ClassVar[dict[str, Any]] = {}  # type: ignore[misc]  # its own, not the parent's
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -285,9 +272,7 @@ for _tag, _pattern, _first in (
         list("-+.0123456789"),
     ),
 ):
-    _StrictLoader.add_implicit_resolver(
-        f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})\Z"), _first
-    )
+    _StrictLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})\Z"), _first)
 
 
 def _parse(text: str) -> Any:
@@ -431,9 +416,7 @@ def _models_in(annotation: Any) -> set[type[BaseModel]]:
 
 
 def _tags(model: type[BaseModel]) -> set[Any]:
-    return {
-        item for field in model.model_fields.values() for item in typing.get_args(field.annotation)
-    }
+    return {item for field in model.model_fields.values() for item in typing.get_args(field.annotation)}
 
 
 def _suggest(name: str, known: Iterable[str]) -> str:

@@ -64,9 +64,7 @@ class Trainer:
             cannot be run here. Nothing was written.
     """
 
-    def __init__(
-        self, recipe: Recipe, world: World, *, resume: bool = False, allow_changes: bool = False
-    ) -> None:
+    def __init__(self, recipe: Recipe, world: World, *, resume: bool = False, allow_changes: bool = False) -> None:
         self.recipe, self.world = recipe, world
         self.micro_steps = micro_steps(recipe, world.world_size)
         self.indices = _open_indices(recipe, world)
@@ -322,9 +320,7 @@ class Trainer:
     def _restore(self, state: dict[str, Any], path: Path, allow_changes: bool) -> None:
         then, now = state["identity"], self._identity()
         changed = [
-            f"{key} was {then.get(key)}, is {now.get(key)}"
-            for key in {**then, **now}
-            if then.get(key) != now.get(key)
+            f"{key} was {then.get(key)}, is {now.get(key)}" for key in {**then, **now} if then.get(key) != now.get(key)
         ]
         if changed and not allow_changes:
             raise RecipeError(

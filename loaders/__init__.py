@@ -76,9 +76,7 @@ class DataConfig(BaseModel):
     @model_validator(mode="after")
     def _consistent(self) -> DataConfig:
         if self.batch_size % self.micro_batch:
-            raise ValueError(
-                f"batch_size {self.batch_size} is not a multiple of micro_batch {self.micro_batch}"
-            )
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of micro_batch {self.micro_batch}")
         if self.eval_view.crop != "center":
             raise ValueError("eval_view: expected crop: center, evaluations draw nothing")
         return self
@@ -89,7 +87,7 @@ class Batch(NamedTuple):
 
     views: list[Tensor]  # V x float32 [B, 3, size, size], normalised, channels_last, on the device
     label: Tensor  # int64 [B], on the device
-    index: Tensor  # int64 [B], rows of the index, on the host
+    rows: Tensor  # int64 [B], rows of the index, on the host
 
 
 class Loader:
@@ -131,7 +129,7 @@ class Loader:
             )
             for number, (images, view) in enumerate(zip(batch.views, self.views, strict=True))
         ]
-        return Batch(views, batch.label.to(self.device, non_blocking=True), batch.index)
+        return Batch(views, batch.label.to(self.device, non_blocking=True), batch.rows)
 
     def close(self) -> None:
         """Free the back end's threads, processes and memory."""

@@ -33,9 +33,7 @@ _HUE_PLACE = 3
 ORDERS = torch.tensor(list(itertools.permutations(range(4))))  # [24, 4]: 0 brightness, 1 contrast, 2 saturation, 3 hue
 
 
-def augment_batch(
-    images: Tensor, color: Tensor, view: View, mean: Tensor, std: Tensor, *, select: bool
-) -> Tensor:
+def augment_batch(images: Tensor, color: Tensor, view: View, mean: Tensor, std: Tensor, *, select: bool) -> Tensor:
     """Flip, jitter, grayscale, blur, solarise and normalise a batch.
 
     Args:

@@ -35,7 +35,7 @@ class HostBatch(NamedTuple):
     views: list[Tensor]  # V x uint8 [B, size, size, 3]
     color: Tensor  # float32 [B, V, NUM_COLOR]
     label: Tensor  # int64 [B]
-    index: Tensor  # int64 [B], rows of the index
+    rows: Tensor  # int64 [B], rows of the index
     bad: list[tuple[str, str]]  # (path, reason) of what could not be decoded
 
     @classmethod
@@ -52,6 +52,6 @@ class HostBatch(NamedTuple):
             views=views,
             color=torch.from_numpy(color.reshape(len(image), len(stream.views), -1)),
             label=torch.from_numpy(stream.index.label[image]),
-            index=torch.from_numpy(image),
+            rows=torch.from_numpy(image),
             bad=bad,
         )

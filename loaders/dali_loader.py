@@ -22,7 +22,6 @@ from loaders.folder_loader import load_row
 from loaders.index import DataError
 from loaders.sampler import Plan, Stream
 
-
 # Formats (as Pillow names them) that DALI is given. Others are decoded on the host: DALI 2.4 does not always survive
 # an unknown one, it was seen to end the process at a GIF.
 _FORMATS = [b"JPEG", b"MPO", b"PNG", b"BMP", b"TIFF", b"PPM", b"WEBP"]
@@ -132,10 +131,12 @@ class _Batches:
             self._pipeline.schedule_run()
 
     def _build(self, batch_size: int, depth: int) -> Any:
-        from nvidia.dali import Pipeline, fn, types
+        from nvidia import dali
+
+        fn, types = _untyped(dali.fn), _untyped(dali.types)  # their stubs do not know all that they hold
 
         on_gpu = self.device.type == "cuda"
-        pipeline = Pipeline(
+        pipeline = dali.Pipeline(
             batch_size=batch_size,
             num_threads=self.workers,
             device_id=(self.device.index or 0) if on_gpu else None,
@@ -202,7 +203,8 @@ class _Batches:
         self._feed(again)
 
     def _assemble(self, work: _Work, views: list[Tensor]) -> HostBatch:
-        plan, bad = work.plan, []
+        plan = work.plan
+        bad: list[tuple[str, str]] = []
         if len(work.rows) == len(work.positions):
             return HostBatch.of(self.stream, plan.image, plan.color, views, [])
         rows: list[Any] = []
@@ -222,6 +224,10 @@ class _Batches:
             for number, view in enumerate(self.stream.views)
         ]
         return HostBatch.of(self.stream, image, color, crops, bad)
+
+
+def _untyped(module: Any) -> Any:
+    return module
 
 
 def _feed(pipeline: Any, stream: Stream, plan: Plan, rows: list[int]) -> None:

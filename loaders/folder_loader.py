@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from loaders.contract import HostBatch, Options as BaseOptions
+from loaders.contract import HostBatch
+from loaders.contract import Options as BaseOptions
 from loaders.index import BadImage
 from loaders.sampler import Plan, Stream, resized_sides
 from loaders.views import View
@@ -46,7 +47,7 @@ def open(
     """See `loaders.contract`."""
     loader: DataLoader[Any] = DataLoader(
         _Positions(stream, replace),
-        batch_sampler=positions,  # type: ignore[arg-type]  # any iterable of lists will do, it need not end
+        batch_sampler=positions,  # any iterable of lists will do, it need not end
         num_workers=workers,
         collate_fn=_same,
         worker_init_fn=_ignore_signals,
@@ -72,7 +73,7 @@ def _ignore_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _same(batch: HostBatch) -> HostBatch:
+def _same(batch: Any) -> Any:
     return batch
 
 
@@ -87,7 +88,8 @@ def load_batch(stream: Stream, positions: Sequence[int], *, replace: bool) -> Ho
         BadImage: `MAX_SUCCESSORS` images in a row cannot be decoded.
     """
     plan = stream.plan(positions)
-    rows, bad = [], []
+    rows: list[Row] = []
+    bad: list[tuple[str, str]] = []
     for row, position in enumerate(positions):
         sample = load_row(stream, plan, row, position, replace=replace, bad=bad)
         if sample is not None:
@@ -132,7 +134,7 @@ def cut(pixels: Tensor, window: NDArray[np.float64], view: View) -> Tensor:
     mode = _MODES[view.interpolation]
     if view.crop == "center":
         height, width = pixels.shape[1:]
-        new_w, new_h = (int(side) for side in resized_sides(view, np.float64(width), np.float64(height)))
+        new_w, new_h = (int(side) for side in resized_sides(view, np.array(float(width)), np.array(float(height))))
         pixels = F.resize(pixels, [new_h, new_w], interpolation=mode, antialias=True)
         crop = F.center_crop(pixels, [view.size, view.size])
     else:

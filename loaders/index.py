@@ -95,9 +95,7 @@ class Index:
         image = _decode(content)
         expected = (3, int(self.height[row]), int(self.width[row]))
         if tuple(image.shape) != expected:
-            raise BadImage(
-                f"is {image.shape[2]}x{image.shape[1]} pixels, the index says {expected[2]}x{expected[1]}"
-            )
+            raise BadImage(f"is {image.shape[2]}x{image.shape[1]} pixels, the index says {expected[2]}x{expected[1]}")
         return image
 
 

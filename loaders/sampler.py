@@ -58,7 +58,7 @@ def uniform(
     image, view, epoch, block = np.broadcast_arrays(image[..., None], view[..., None], epoch[..., None], blocks)
     counter = np.stack((block, image, view, epoch), axis=-1).astype(np.uint32)
     words = philox(counter, (seed & 0xFFFFFFFF, seed >> 32))
-    return (words.reshape(*words.shape[:-2], -1)[..., :draws] + 0.5) / 2.0**32
+    return (words.reshape(*words.shape[:-2], -1)[..., :draws].astype(np.float64) + 0.5) / 2.0**32
 
 
 class Stream:

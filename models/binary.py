@@ -105,9 +105,7 @@ class BinaryConv2d(nn.Conv2d):
         estimator: Estimator = "burn",
     ) -> None:
         """`weights` and `activations` name the stage; `estimator` the gradient of both signs."""
-        super().__init__(
-            in_channels, out_channels, kernel_size, stride=stride, padding=kernel_size // 2, bias=False
-        )
+        super().__init__(in_channels, out_channels, kernel_size, stride=stride, padding=kernel_size // 2, bias=False)
         self.weights, self.activations, self.estimator = weights, activations, estimator
 
     def forward(self, x: Tensor) -> Tensor:

@@ -40,9 +40,7 @@ def count(network: nn.Module, size: int) -> Cost:
         totals["binary" if is_binary else "float"] += macs
 
     hooks = [
-        module.register_forward_hook(add)
-        for module in network.modules()
-        if isinstance(module, nn.Conv2d | nn.Linear)
+        module.register_forward_hook(add) for module in network.modules() if isinstance(module, nn.Conv2d | nn.Linear)
     ]
     was_training = network.training
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -90,7 +91,7 @@ class ReActNet(nn.Module):
         # The first block widens without pooling; every later change of width halves the map.
         self.blocks = nn.ModuleList(
             Block(c_in, c_out, 2 if c_out != c_in and i > 0 else 1, config)
-            for i, (c_in, c_out) in enumerate(zip(channels[:-1], channels[1:], strict=True))
+            for i, (c_in, c_out) in enumerate(pairwise(channels))
         )
         self.out_channels = channels[-1]
         self.fc = nn.Linear(channels[-1], channels[-1]) if config.pooled_mlp else None

@@ -11,8 +11,17 @@ from tests.conftest import picture
 
 TOLERANCE = 2e-6  # of images in [0, 1]: float32 rounding of the same formulas
 VIEW = View(
-    size=48, crop="random", flip=0.5, jitter=1, brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2, gray=0.5,
-    blur=0.5, solarize=0.5,
+    size=48,
+    crop="random",
+    flip=0.5,
+    jitter=1,
+    brightness=0.8,
+    contrast=0.8,
+    saturation=0.8,
+    hue=0.2,
+    gray=0.5,
+    blur=0.5,
+    solarize=0.5,
 )
 ZERO, ONE = torch.zeros(3), torch.ones(3)
 

@@ -69,7 +69,7 @@ def open_eval(data, rank=0, world_size=1):
 
 def equal(a, b):
     return (
-        torch.equal(a.index, b.index)
+        torch.equal(a.rows, b.rows)
         and torch.equal(a.label, b.label)
         and all(torch.equal(x, y) for x, y in zip(a.views, b.views))
     )
@@ -83,13 +83,13 @@ def test_batches(backend, tree):
     assert [tuple(view.shape) for view in batch.views] == [(4, 3, 24, 24), (4, 3, 16, 16)]
     assert all(view.is_contiguous(memory_format=torch.channels_last) for view in batch.views)
     assert all(view.dtype == torch.float32 for view in batch.views)
-    assert batch.label.tolist() == index.label[batch.index.numpy()].tolist()
+    assert batch.label.tolist() == index.label[batch.rows.numpy()].tolist()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_never_ends_and_shows_every_image_once_per_epoch(backend, tree):
     batches = take(open_train(config(backend, tree)), 18)  # three epochs of 24 images
-    seen = torch.cat([batch.index for batch in batches])
+    seen = torch.cat([batch.rows for batch in batches])
     for epoch in seen.split(24):
         assert sorted(epoch.tolist()) == list(range(24))
 
@@ -125,7 +125,7 @@ def test_workers_do_not_change_the_stream(backend, workers, tree):
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_evaluation_is_complete_in_order(backend, world_size, tree):
     data = config(backend, tree)
-    seen = [[int(i) for batch in open_eval(data, rank, world_size) for i in batch.index] for rank in range(world_size)]
+    seen = [[int(i) for batch in open_eval(data, rank, world_size) for i in batch.rows] for rank in range(world_size)]
     for rank, rows in enumerate(seen):
         assert rows == list(range(len(loaders.open_data(data, "val"))))[rank::world_size]
 
@@ -152,7 +152,7 @@ def test_dali_and_folder_cut_the_same_pixels(tree):
         [*take(open_train(config("dali", tree)), 12), *open_eval(config("dali", tree))],
         strict=True,
     ):
-        assert torch.equal(one.index, two.index)
+        assert torch.equal(one.rows, two.rows)
         for a, b in zip(one.views, two.views):
             difference = (a - b).abs() * scale
             assert difference.mean() <= 2.0
@@ -178,7 +178,7 @@ def test_folder_is_torchvision(tree):
         got = ((crop * std + mean) * 255).round().permute(1, 2, 0).numpy()
         assert np.abs(got - expected).max() <= 2
     for batch in open_eval(data):
-        for row, crop in zip(batch.index.tolist(), batch.views[0]):
+        for row, crop in zip(batch.rows.tolist(), batch.views[0]):
             picture_ = Image.open(index.path(row)).convert("RGB")
             expected = np.array(F.center_crop(F.resize(picture_, 28), [24, 24]))
             got = ((crop * std + mean) * 255).round().permute(1, 2, 0).numpy()
@@ -221,7 +221,11 @@ def odd_files(root):
     add("line.jpg", jpeg(rgb.resize((1, 40))), True)
     for name, mode in (("alpha.png", "RGBA"), ("palette.png", "P"), ("deep.png", "I;16")):
         out = io.BytesIO()
-        (Image.fromarray((picture(3, 20, 20)[:, :, 0].astype(np.uint16) * 257)) if mode == "I;16" else rgb.convert(mode)).save(out, "PNG")
+        (
+            Image.fromarray(picture(3, 20, 20)[:, :, 0].astype(np.uint16) * 257)
+            if mode == "I;16"
+            else rgb.convert(mode)
+        ).save(out, "PNG")
         add(name, out.getvalue(), True)
     gif = io.BytesIO()
     rgb.save(gif, "GIF")
@@ -265,10 +269,10 @@ def test_a_run_over_a_thousand_images_with_odd_files_finishes(backend, odd_tree)
     assert {f"class0/{path.rsplit('/', 1)[1]}" for path in loader.bad} == {n for n, ok in decodes.items() if not ok}
     assert all(reason for reason in loader.bad.values())
     assert all(len(batch.label) == 32 for batch in batches)
-    seen = set(torch.cat([batch.index for batch in batches]).tolist())
+    seen = set(torch.cat([batch.rows for batch in batches]).tolist())
     bad_rows = {row for row in range(len(index)) if index.path(row) in loader.bad}
     assert seen == set(range(len(index))) - bad_rows
-    evaluated = torch.cat([batch.index for batch in open_eval(data)]).tolist()
+    evaluated = torch.cat([batch.rows for batch in open_eval(data)]).tolist()
     assert evaluated == [row for row in range(len(index)) if row not in bad_rows]
 
 
@@ -277,7 +281,7 @@ def test_back_ends_replace_the_same_images_by_the_same_successors(odd_tree):
     root, _ = odd_tree
     runs = [take(open_train(config(b, root, batch_size=64, micro_batch=32)), 34) for b in ("folder", "dali")]
     for a, b in zip(*runs):
-        assert torch.equal(a.index, b.index) and torch.equal(a.label, b.label)
+        assert torch.equal(a.rows, b.rows) and torch.equal(a.label, b.label)
         assert ((a.views[0] - b.views[0]).abs() * 255 * 0.225).mean() <= 2.0
 
 
@@ -297,9 +301,7 @@ def test_file_that_vanishes_or_changes_is_replaced(backend, tmp_path):
     data = config(backend, root)
     index = loaders.open_data(data, "train")
     (root / "class0" / "0003.jpg").unlink()
-    loader = loaders.open_train(
-        data, index, seed=0, step=0, rank=0, world_size=1, local_world_size=1, device=CPU
-    )
+    loader = loaders.open_train(data, index, seed=0, step=0, rank=0, world_size=1, local_world_size=1, device=CPU)
     take(loader, 6)
     assert [path.rsplit("/", 1)[1] for path in loader.bad] == ["0003.jpg"]
     assert "cannot be read" in next(iter(loader.bad.values()))

@@ -133,7 +133,7 @@ def test_misspelling_any_key_is_an_error_that_names_it():
     paths = [path for path in keys(resolved()) if isinstance(path[-1], str)]
     assert len(paths) > 80
     for path in paths:
-        if path[:2] == ("init", 0) and path[-2:-1] == ("load",) or "load" in path[:-1]:
+        if (path[:2] == ("init", 0) and path[-2:-1] == ("load",)) or "load" in path[:-1]:
             continue  # names of parts are the user's
         content = resolved()
         place = content
@@ -207,7 +207,9 @@ def test_plain_scalars_mean_what_they_look_like():
 
 def test_base_and_overrides(tmp_path):
     write(tmp_path, f"base: {STAGE1}\nrun: {{keep: 5}}\n", "mid.yaml")
-    path = write(tmp_path, "base: mid.yaml\nschedules: {lr: {start: 1.0}}\ndata: {views: [{preset: moco_v2}, {preset: burn}]}\n")
+    path = write(
+        tmp_path, "base: mid.yaml\nschedules: {lr: {start: 1.0}}\ndata: {views: [{preset: moco_v2}, {preset: burn}]}\n"
+    )
     recipe = recipes.load(path, ["data.views.1.size=96", "run.amp=bf16", "init=[]", "schedules.balance=0.5"])
     assert recipe.name == "r" and recipe.run.keep == 5 and recipe.run.amp == "bf16"
     assert recipe.schedules["lr"].start == 1.0 and recipe.schedules["lr"].shape == "cosine"

@@ -79,9 +79,12 @@ def test_crops_have_torchvisions_distribution():
     theirs = np.array([RandomResizedCrop.get_params(picture, (0.08, 1), (3 / 4, 4 / 3)) for _ in range(4000)]).T
     for ours, reference in zip((top, left, height, width, height * width), (*theirs, theirs[2] * theirs[3])):
         grid = np.sort(np.concatenate((ours, reference)))
-        distance = np.abs(
-            np.searchsorted(np.sort(ours), grid, "right") - np.searchsorted(np.sort(reference), grid, "right")
-        ).max() / 4000
+        distance = (
+            np.abs(
+                np.searchsorted(np.sort(ours), grid, "right") - np.searchsorted(np.sort(reference), grid, "right")
+            ).max()
+            / 4000
+        )
         assert distance < 1.95 * np.sqrt(2 / 4000)  # Kolmogorov-Smirnov at p = 0.001
 
 

@@ -44,9 +44,7 @@ def test_linear_decay_by_epoch():
         assert abs(value(schedule, epoch * 5004 + 17, days) - wanted) < 1e-15
 
 
-@pytest.mark.parametrize(
-    ("start", "quarter"), [(0.99, 0.991464466094), (0.996, 0.996585786438)]
-)
+@pytest.mark.parametrize(("start", "quarter"), [(0.99, 0.991464466094), (0.996, 0.996585786438)])
 def test_momentum(start, quarter):
     schedule = Schedule(shape="cosine", start=start, end=1)
     assert abs(value(schedule, 25, Horizon(100, 100, 1)) - quarter) < 1e-12

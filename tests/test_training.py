@@ -205,7 +205,7 @@ def test_sampled_stream_is_the_same_after_resume(tmp_path, monkeypatch):
     run(recipe)
     whole, ledger = ledger, []
     run(cut(recipe, tmp_path / "cut", 2), resume=True)
-    assert ledger == whole[-len(ledger):] and len(ledger) == 8
+    assert ledger == whole[-len(ledger) :] and len(ledger) == 8
     positions = [p for chunk, *_ in whole for p in chunk]
     assert positions == list(range(96))
 
@@ -513,7 +513,8 @@ def test_compiled_run_equals_the_eager_one(tmp_path):
     # reliability.md 44; keys of the checkpoint do not know of compilation
     overrides = ["data.batch_size=8", "run.duration=4it", "evals=[]"]
     eager, compiled = (
-        tiny("quick/supervised.yaml", tmp_path / str(c), *overrides, f"run.compile={str(c).lower()}") for c in (False, True)
+        tiny("quick/supervised.yaml", tmp_path / str(c), *overrides, f"run.compile={str(c).lower()}")
+        for c in (False, True)
     )
     a, b = run(eager), run(compiled)
     assert a["method"].keys() == b["method"].keys()
@@ -543,9 +544,7 @@ def test_stage_1_hands_over_to_stage_2_and_to_linear_evaluation(tmp_path):
         if not name.startswith("teacher."):
             assert torch.equal(second[name], value), name
     assert any(not torch.equal(second[name], value) for name, value in first.items() if name.startswith("teacher."))
-    linear = trainer_of(
-        tiny("linear.yaml", tmp_path, f"init=[{{from: {stage1.folder}, load: {{backbone: student}}}}]")
-    )
+    linear = trainer_of(tiny("linear.yaml", tmp_path, f"init=[{{from: {stage1.folder}, load: {{backbone: student}}}}]"))
     for name, value in linear.method.backbone.state_dict().items():
         assert torch.equal(first[f"student.{name}"], value)
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import _root  # noqa: F401
 
-from engine import recipe as recipes
 from engine import dist, train
+from engine import recipe as recipes
 from engine.checkpoint import CheckpointError
 from engine.describe import describe, missing
 from engine.log import to_console

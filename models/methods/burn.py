@@ -76,9 +76,7 @@ class Method(Base):
         return self.student
 
 
-def burn_loss(
-    outputs: list[Tensor], targets: list[Tensor], balance: Tensor, config: Config
-) -> dict[str, Tensor]:
+def burn_loss(outputs: list[Tensor], targets: list[Tensor], balance: Tensor, config: Config) -> dict[str, Tensor]:
     """BURN's loss on classifier outputs.
 
     Args:

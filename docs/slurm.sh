@@ -1,0 +1,26 @@
+#!/bin/bash
+# BURN on eight machines of eight GPUs. Saves and requeues itself before the time limit:
+#   sbatch docs/slurm.sh recipes/burn_stage1.yaml data.micro_batch=64
+#SBATCH --job-name=burn
+#SBATCH --nodes=8
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=64
+#SBATCH --time=24:00:00
+#SBATCH --signal=USR1@120
+#SBATCH --open-mode=append
+#SBATCH --requeue
+set -u
+head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+# USR1 goes to the launchers' Python processes; each rank finishes its step and all save the same one.
+srun --kill-on-bad-exit=0 bash -c "
+    torchrun --nnodes=$SLURM_NNODES --nproc_per_node=8 --rdzv_id=$SLURM_JOB_ID --rdzv_backend=c10d \
+        --rdzv_endpoint=$head:29500 tools/train.py $* --resume &
+    launcher=\$!
+    trap 'pkill -USR1 -P \$launcher' USR1
+    wait \$launcher; code=\$?
+    while kill -0 \$launcher 2>/dev/null; do wait \$launcher; code=\$?; done
+    exit \$code"
+code=$?
+[ $code -ne 0 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 30 ] && scontrol requeue "$SLURM_JOB_ID"
+exit $code

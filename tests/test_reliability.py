@@ -1,0 +1,373 @@
+"""Kills, signals and broken disks, in processes of their own. Numbers are those of the project's reliability list."""
+
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from engine import checkpoint, train
+from engine.checkpoint import CheckpointError
+from tests.conftest import (
+    ROOT,
+    assert_same_run,
+    last_state,
+    rank_environment,
+    rows,
+    run,
+    start_process,
+    tiny,
+    train_main,
+)
+
+QUICK = "quick/burn_stage2.yaml"
+SHORT = ["run.duration=16it", "run.save_every=1it", "run.log_every=3it", "evals.0.every=7it", "data.batch_size=8"]
+
+
+def fit(folder, overrides=(), resume=True):
+    train.run(tiny(QUICK, folder, *SHORT, *overrides), resume=resume)
+
+
+def slowed(folder, overrides=(), seconds=0.05):
+    """`fit` with steps that last, so that a signal falls inside one."""
+    from engine.train import Trainer
+
+    step = Trainer.step
+
+    def slow(self):
+        time.sleep(seconds)
+        return step(self)
+
+    Trainer.step = slow
+    try:
+        fit(folder, overrides)
+    except train.Stopped:
+        raise SystemExit(train.EXIT_STOPPED) from None
+
+
+@pytest.mark.slow
+def test_kill_at_random_times_50_rounds(tmp_path):
+    # reliability 1: kill -9, resume, until the run is done; 50 rounds, weights, optimizer and metrics equal to the bit
+    whole = tiny(QUICK, tmp_path / "whole", *SHORT)
+    run(whole)
+    rng = random.Random(0)
+    kills = runs = 0
+    while kills < 50:
+        folder = tmp_path / f"run{runs}"
+        runs += 1
+        while True:
+            process = start_process(fit, folder)
+            process.join(rng.uniform(0.2, 1.6) if kills < 50 else 120)
+            if process.exitcode is not None:
+                assert process.exitcode == 0
+                break
+            process.kill()
+            process.join()
+            kills += 1
+        assert_same_run(whole, tiny(QUICK, folder, *SHORT))
+        shutil.rmtree(folder)
+    assert runs > 3
+
+
+def test_kill_one_of_two_ranks(tmp_path):
+    # reliability 2
+    overrides = ["data.micro_batch=4"]
+    whole = tiny(QUICK, tmp_path / "whole", *SHORT, *overrides)
+    again = tiny(QUICK, tmp_path / "killed", *SHORT, *overrides)
+    for folder, kill_at in ((whole.folder.parent, ()), (again.folder.parent, (0, 1))):
+        for victim in (*kill_at, None):
+            ranks = [start_process(fit, folder, overrides, **env) for env in rank_environment(2)]
+            if victim is not None:
+                checkpoints = again.folder / "checkpoints"
+                seen = len(list(checkpoints.glob("step-*"))) if checkpoints.exists() else 0
+                deadline = time.monotonic() + 60
+                while time.monotonic() < deadline:
+                    found = list(checkpoints.glob("step-*")) if checkpoints.exists() else []
+                    if len(found) >= seen + 3:
+                        break
+                    time.sleep(0.01)
+                ranks[victim].kill()
+                ranks[victim].join()
+                ranks[1 - victim].join(60)  # its next collective fails: it must not hang
+                assert ranks[1 - victim].exitcode not in (None, 0)
+            else:
+                for process in ranks:
+                    process.join(120)
+                assert [process.exitcode for process in ranks] == [0, 0]
+    assert_same_run(whole, again)
+
+
+@pytest.mark.parametrize("number", train.SIGNALS, ids=lambda n: n.name)
+def test_signal_saves_and_leaves_with_its_code(tmp_path, number):
+    # reliability 8
+    whole = tiny(QUICK, tmp_path / "whole", *SHORT)
+    run(whole)
+    again = tiny(QUICK, tmp_path / "stopped", *SHORT)
+    process = start_process(slowed, tmp_path / "stopped", ["run.save_every=100it"])
+    wait_for_rows(again, 1)
+    sent = time.monotonic()
+    os.kill(process.pid, number)
+    process.join(30)
+    assert process.exitcode == train.EXIT_STOPPED and time.monotonic() - sent < 6
+    step = last_state(again)["step"]
+    assert 0 < step < 16
+    fit(tmp_path / "stopped", ["run.save_every=100it"])
+    assert_same_run(whole, again)
+
+
+def wait_for_rows(recipe, count):
+    path = recipe.folder / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if path.exists() and len(path.read_text().splitlines()) >= count:
+            return
+        time.sleep(0.01)
+    raise AssertionError("the run does not start")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_signal_to_one_rank_stops_all_at_the_same_step(tmp_path, rank):
+    # reliability 10
+    overrides = ["data.micro_batch=4", "run.save_every=100it"]
+    recipe = tiny(QUICK, tmp_path, *SHORT, *overrides)
+    ranks = [start_process(slowed, tmp_path, overrides, **env) for env in rank_environment(2)]
+    wait_for_rows(recipe, 1)
+    os.kill(ranks[rank].pid, signal.SIGTERM)
+    for process in ranks:
+        process.join(60)
+    assert [process.exitcode for process in ranks] == [train.EXIT_STOPPED] * 2
+    assert 3 <= last_state(recipe)["step"] < 16
+
+
+def test_torchrun_trains_stops_and_resumes(tmp_path):
+    from tests.conftest import tiny_overrides
+
+    overrides = [*tiny_overrides(ROOT / "recipes" / QUICK, tmp_path), *SHORT, "data.micro_batch=4"]
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "tools/train.py",
+        f"recipes/{QUICK}", *overrides, "--resume",
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    recipe = tiny(QUICK, tmp_path, *SHORT, "data.micro_batch=4")
+    assert last_state(recipe)["step"] == 16
+    assert "2 x cpu" in done.stderr
+
+
+# ------------------------------------------------------------------------------------------------ checkpoints
+
+
+def state_of(step):
+    torch.manual_seed(step)
+    return {"method": {"w": torch.randn(1000)}, "optimizer": {}, "meter": {}}
+
+
+def test_keeps_the_newest(tmp_path):
+    for step in (1, 5, 10, 200):
+        checkpoint.save(tmp_path, step, state_of(step), keep=2)
+    assert sorted(path.name.split("-")[1] for path in tmp_path.iterdir()) == ["000000010", "000000200"]
+    path, damaged = checkpoint.latest(tmp_path)
+    assert checkpoint.load(path)["step"] == 200 and not damaged
+
+
+@pytest.mark.parametrize("damage", [0.0, 0.01, 0.5, 0.99, "flip"])
+def test_damage_is_found_and_the_one_before_is_used(tmp_path, damage):
+    # reliability 13
+    for step in (1, 2):
+        checkpoint.save(tmp_path, step, state_of(step), keep=2)
+    newest, _ = checkpoint.latest(tmp_path)
+    content = bytearray(newest.read_bytes())
+    if damage == "flip":
+        content[len(content) // 2] ^= 1
+    else:
+        content = content[: int(len(content) * damage)]
+    newest.write_bytes(content)
+    found, damaged = checkpoint.latest(tmp_path)
+    assert checkpoint.load(found)["step"] == 1 and damaged == [newest]
+
+
+def test_resume_passes_over_a_damaged_checkpoint_and_ends_the_same(tmp_path, caplog):
+    whole = tiny(QUICK, tmp_path / "whole", *SHORT)
+    run(whole)
+    again = tiny(QUICK, tmp_path / "again", *SHORT)
+    shutil.copytree(whole.folder, again.folder)
+    newest, _ = checkpoint.latest(again.folder / "checkpoints")
+    newest.write_bytes(newest.read_bytes()[:-1])
+    fit(tmp_path / "again")
+    assert newest.name in caplog.text and "damaged" in caplog.text
+    assert_same_run(whole, again)
+
+
+STAGES = ["open", "write", "fsync", "rename", "sync folder", "delete old"]
+
+
+def dies_while_saving(folder, stage):
+    """Save step 2 and be killed at one stage of it."""
+
+    def die(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if stage == "open":
+            patch.setattr(checkpoint._HashingFile, "__init__", die)
+        elif stage == "write":
+            honest, written = checkpoint._HashingFile.write, []
+
+            def write(self, data):
+                written.append(1)
+                if len(written) == 3:
+                    die()
+                return honest(self, data)
+
+            patch.setattr(checkpoint._HashingFile, "write", write)
+        elif stage == "fsync":
+            patch.setattr(os, "fsync", die)
+        elif stage == "rename":
+            patch.setattr(os, "replace", die)
+        elif stage == "sync folder":
+            patch.setattr(checkpoint, "_sync_folder", die)
+        else:
+            patch.setattr(type(folder), "unlink", die)
+        checkpoint.save(folder, 2, state_of(2), keep=1)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_kill_at_every_stage_of_a_save(tmp_path, stage):
+    # reliability 12: the newest complete checkpoint loads, and the next save clears what was left
+    checkpoint.save(tmp_path, 1, state_of(1), keep=1)
+    process = start_process(dies_while_saving, tmp_path, stage)
+    process.join(30)
+    assert process.exitcode == -signal.SIGKILL
+    path, damaged = checkpoint.latest(tmp_path)
+    renamed = stage in ("sync folder", "delete old")
+    assert checkpoint.load(path)["step"] == (2 if renamed else 1) and not damaged
+    checkpoint.save(tmp_path, 3, state_of(3), keep=1)
+    assert [p.name[:14] for p in tmp_path.iterdir()] == ["step-000000003"]
+
+
+def second_signal_while_saving(folder):
+    """A second SIGTERM arrives while the first one's checkpoint is being written."""
+    honest = checkpoint._HashingFile.sync
+
+    def sync(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.1)
+        honest(self)
+
+    checkpoint._HashingFile.sync = sync
+    slowed(folder, ["run.save_every=100it"])
+
+
+def test_second_signal_during_the_save_loses_nothing(tmp_path):
+    # reliability 9
+    recipe = tiny(QUICK, tmp_path, *SHORT)
+    process = start_process(second_signal_while_saving, tmp_path)
+    wait_for_rows(recipe, 1)
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(30)
+    assert process.exitcode == train.EXIT_STOPPED
+    assert last_state(recipe)["step"] < 16
+
+
+def fill_the_disk(folder):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200))
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    with pytest.raises(CheckpointError, match="step 2 cannot be saved"):
+        checkpoint.save(folder, 2, state_of(2), keep=1)
+
+
+def test_full_disk_keeps_the_last_checkpoint(tmp_path):
+    # reliability 11
+    checkpoint.save(tmp_path, 1, state_of(1), keep=1)
+    process = start_process(fill_the_disk, tmp_path)
+    process.join(30)
+    assert process.exitcode == 0
+    assert [path.name[:14] for path in tmp_path.iterdir()] == ["step-000000001"]
+    assert checkpoint.load(checkpoint.latest(tmp_path)[0])["step"] == 1
+
+
+def test_not_finite_state_never_replaces_a_good_one(tmp_path):
+    # reliability 14
+    checkpoint.save(tmp_path, 1, state_of(1), keep=1)
+    state = state_of(2)
+    state["method"]["w"][3] = float("inf")
+    with pytest.raises(CheckpointError, match="step 2 is not saved, not finite: w; the last good checkpoint stays"):
+        checkpoint.save(tmp_path, 2, state, keep=1)
+    assert [path.name[:14] for path in tmp_path.iterdir()] == ["step-000000001"]
+
+
+def test_checkpoint_that_would_run_code_is_refused(tmp_path):
+    # reliability 23
+    class Payload:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'canary'}",)
+
+    path = tmp_path / "step-000000001-0000000000000000.pt"
+    torch.save({"format": 1, "x": Payload()}, path)
+    with pytest.raises(CheckpointError, match="could run code"):
+        checkpoint.load(path)
+    assert not (tmp_path / "canary").exists()
+    torch.save({"format": 99}, path)
+    with pytest.raises(CheckpointError, match="format 1, found 99"):
+        checkpoint.load(path)
+
+
+def test_metrics_of_a_killed_run_stay_readable(tmp_path):
+    # reliability 41: a half-written last line, rows past the checkpoint
+    recipe = tiny(QUICK, tmp_path, *SHORT)
+    run(recipe)
+    whole = rows(recipe)
+    for path in (recipe.folder / "checkpoints").iterdir():
+        if int(path.name.split("-")[1]) > 9:
+            path.unlink()
+    with open(recipe.folder / "metrics.jsonl", "a") as file:
+        file.write('{"step": 17, "lo')
+    fit(tmp_path)
+    assert rows(recipe) == whole
+
+
+# ------------------------------------------------------------------------------------------------ the command
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "text"),
+    [
+        (["recipes/nowhere.yaml"], 2, "recipes/nowhere.yaml: no such file"),
+        (["recipes/burn_stage2.yaml", "method.temprature=1"], 2, "did you mean 'temperature'"),
+        (["recipes/burn_stage2.yaml"], 2, "data.train: no folder data/imagenet/train"),
+        (["recipes/burn_stage2.yaml", "--dry-run"], 0, ""),
+        (["recipes/quick/linear.yaml", "init.0.from=nowhere", "data.backend=synthetic"], 2, "init.0.from: nowhere"),
+    ],
+)
+def test_exit_codes_of_bad_input_and_nothing_written(tmp_path, monkeypatch, arguments, code, text, capfd):
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    monkeypatch.chdir(tmp_path)
+    process = start_process(train_main, *arguments)
+    process.join(60)
+    assert process.exitcode == code
+    error = capfd.readouterr().err
+    assert text in error and "Traceback" not in error
+    assert len([line for line in error.splitlines() if line.startswith("error:")]) == (code == 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["recipes"]
+
+
+def untrained(folder):
+    from models.methods import burn
+
+    honest = burn.burn_loss
+    burn.burn_loss = lambda *a: {**honest(*a), "loss": honest(*a)["loss"].detach().requires_grad_()}
+    from tests.conftest import tiny_overrides
+
+    train_main(f"{ROOT}/recipes/{QUICK}", *tiny_overrides(ROOT / "recipes" / QUICK, folder))
+
+
+def test_exit_code_of_the_guard(tmp_path):
+    process = start_process(untrained, tmp_path)
+    process.join(60)
+    assert process.exitcode == train.EXIT_UNTRAINED
