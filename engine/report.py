@@ -68,26 +68,29 @@ def draw(
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(2, 4, figsize=(19, 8.5), constrained_layout=True)
+    figure = plt.figure(figsize=(19, 8.5), layout="constrained")
     figure.suptitle(title, fontsize=14)
-    panels = axes.flatten()
+    upper, lower = figure.subfigures(2, 1)
+    panels = [*upper.subplots(1, 4), *lower.subplots(1, 3, width_ratios=(1, 1.2, 1.7))]
 
     panels[0].plot(*curve(teacher, "loss"), color="tab:gray")
     panels[0].set(title="teacher: MoCo v2 loss", xlabel="epoch", ylabel="InfoNCE loss")
 
+    lengths = [max(curve(folder, "loss")[0]) for folder in stages.values()]
+    starts = [sum(lengths[:number]) for number in range(len(lengths))]
+
     def along(axis: Any, name: str, label: str, colour: str, evaluation: str | None = None) -> None:
-        offset = 0.0
-        for number, (stage, folder) in enumerate(stages.items()):
+        """One scalar over the stages, end to end."""
+        for number, folder in enumerate(stages.values()):
             epochs, values = curve(folder, name, evaluation)
-            axis.plot([e + offset for e in epochs], values, color=colour, label=label if number == 0 else None)
-            length = max(curve(folder, "loss")[0])
-            if number:
-                axis.axvline(offset, color="black", linewidth=0.8, linestyle=":")
-            axis.annotate(
-                stage, (offset + length / 2, 1), xycoords=("data", "axes fraction"), xytext=(0, 2),
-                textcoords="offset points", ha="center", va="bottom", fontsize=8, color="black",
-            )  # fmt: skip
-            offset += length
+            shifted = [epoch + starts[number] for epoch in epochs]
+            axis.plot(shifted, values, color=colour, label=label if number == 0 else None)
+
+    for axis in panels[1:5]:
+        for stage, start, length in zip(stages, starts, lengths, strict=True):
+            axis.axvline(start, color="black", linewidth=0.8, linestyle=":")
+            place = {"xycoords": ("data", "axes fraction"), "xytext": (0, 2), "textcoords": "offset points"}
+            axis.annotate(stage, (start + length / 2, 1), ha="center", va="bottom", fontsize=8, **place)
 
     for name, label, colour in (
         ("loss", "loss", "tab:blue"),
@@ -107,6 +110,7 @@ def draw(
     along(panels[4], "top1", "student", "tab:blue", "knn")
     panels[4].axhline(final(teacher, "knn"), color="tab:gray", linestyle="--", label="teacher")
     panels[4].set(xlabel="epoch", ylabel="top-1 %")
+    panels[4].margins(y=0.08)
     panels[4].set_title("online k-NN accuracy", pad=16)
     for panel in (panels[1], panels[3], panels[4]):
         panel.legend(fontsize=8)
@@ -117,10 +121,7 @@ def draw(
     panels[5].set_title("the student's two views (rows 1-2, 3-4: same images)", fontsize=10)
     panels[5].axis("off")
 
-    grid_spec = panels[6].get_gridspec()
-    for panel in panels[6:]:
-        panel.remove()
-    bars = figure.add_subplot(grid_spec[1, 2:])
+    bars = panels[6]
     names = [score.name for score in scores][::-1]
     means = [statistics.fmean(score.values) for score in scores][::-1]
     errors = [statistics.stdev(s.values) if len(s.values) > 1 else 0 for s in scores][::-1]
