@@ -12,7 +12,6 @@ from engine import checkpoint
 from engine.optim import is_weight
 from engine.recipe import Recipe, RecipeError, micro_steps
 from engine.schedules import Horizon, to_steps, value
-from loaders import DataError
 from models import backbones, cost, methods
 
 
@@ -52,29 +51,32 @@ def describe(recipe: Recipe) -> str:
     """The text of `--dry-run`.
 
     Raises:
-        DataError: the data set is there and cannot be used.
+        loaders.DataError: the data set is there and cannot be used.
     """
     lines = [recipe.dump().rstrip(), "", f"recipe hash      {recipe.hash}"]
     problems = missing(recipe)
-    lines += _length(recipe, any(problem.startswith("data.train") for problem in problems))
+    horizon = _horizon(recipe, no_data=any(problem.startswith("data.train") for problem in problems))
+    lines += _length(recipe, horizon)
     with torch.device("meta"):
         method = methods.load(recipe.method.name).Method(recipe.method)
     lines += _parameters(recipe, method)
-    lines += _cost(recipe, method)
+    lines += _cost(recipe, method, horizon.total_steps * horizon.batch_size if horizon else None)
     lines += ["", "missing:", *(f"  {problem}" for problem in problems)] if problems else ["", "missing: nothing"]
     return "\n".join(lines)
 
 
-def _length(recipe: Recipe, no_data: bool) -> list[str]:
+def _horizon(recipe: Recipe, no_data: bool) -> Horizon | None:
     data = recipe.data
     images = data.expect_images if no_data else len(loaders.open_data(data, "train"))
-    if images is None:
+    return Horizon.of(recipe.run.duration, images, data.batch_size) if images else None
+
+
+def _length(recipe: Recipe, horizon: Horizon | None) -> list[str]:
+    data = recipe.data
+    if horizon is None:
         return ["images           unknown: no data and no data.expect_images; steps cannot be counted"]
-    if images < data.batch_size:
-        raise DataError(f"{data.train}: {images} images are fewer than data.batch_size {data.batch_size}")
-    horizon = Horizon.of(recipe.run.duration, images, data.batch_size)
     lines = [
-        f"images           {images:,} x {horizon.epochs:.2f} epochs",
+        f"images           {horizon.num_images:,} x {horizon.epochs:.2f} epochs",
         f"steps            {horizon.total_steps:,} of {data.batch_size} images",
         f"checkpoints      every {to_steps(recipe.run.save_every, horizon):,} steps",
     ]
@@ -111,19 +113,18 @@ def _parameters(recipe: Recipe, method: methods.Method) -> list[str]:
     return lines
 
 
-def _cost(recipe: Recipe, method: methods.Method) -> list[str]:
-    lines = ["", f"{'per image':24}{'forward GFLOPs':>16}{'binary GMACs':>14}{'OPs (1e9)':>11}"]
-    training = 0.0
+def _cost(recipe: Recipe, method: methods.Method, images: float | None) -> list[str]:
+    lines = ["", f"{'forward of one image':24}{'float GMACs':>14}{'binary GMACs':>14}{'OPs (1e9)':>11}"]
+    macs = 0.0
     for name, part in method.named_children():
         if not isinstance(part, backbones.Backbone):
             continue
-        is_trained = any(p.requires_grad for p in part.parameters())
         counted = cost.count(part, recipe.data.views[0].size)
-        lines.append(
-            f"{name:24}{counted.float_macs / 1e9:>16.3f}{counted.binary_macs / 1e9:>14.3f}{counted.ops / 1e9:>11.4f}"
-        )
-        # A GPU runs binary convolutions as dense ones; backward costs twice the forward.
-        macs = counted.float_macs + counted.binary_macs
-        training += 2 * macs * method.views_per_backbone * (3 if is_trained else 1)
-    lines.append(f"{'one training image':24}{training / 1e9:>16.1f} GFLOP as run (2 per multiply-accumulate)")
+        float_gmacs, binary_gmacs, ops = (x / 1e9 for x in (counted.float_macs, counted.binary_macs, counted.ops))
+        lines.append(f"{name:24}{float_gmacs:>14.3f}{binary_gmacs:>14.3f}{ops:>11.4f}")
+        is_trained = any(p.requires_grad for p in part.parameters())
+        # Training runs binary convolutions as dense ones; backward costs twice the forward.
+        macs += (counted.float_macs + counted.binary_macs) * method.views_per_backbone * (3 if is_trained else 1)
+    total = f", {2 * macs * images / 1e18:.3g} EFLOP for the run" if images else ""
+    lines.append(f"training: {2 * macs / 1e9:.1f} GFLOP an image in the backbones (2 per multiply-accumulate){total}")
     return lines

@@ -28,9 +28,9 @@ class World(NamedTuple):
         return self.rank == 0
 
 
-def environment_rank() -> int:
-    """This process's rank as torchrun gives it, before the group exists."""
-    return int(os.environ.get("RANK", 0))
+def environment_rank(*, local: bool = False) -> int:
+    """This process's rank in the run, or on its machine, as torchrun gives it before the group exists."""
+    return int(os.environ.get("LOCAL_RANK" if local else "RANK", 0))
 
 
 def start(device: str, timeout_seconds: int) -> World:

@@ -70,7 +70,8 @@ def draw(
 
     figure = plt.figure(figsize=(19, 8.5), layout="constrained")
     figure.suptitle(title, fontsize=14)
-    upper, lower = figure.subfigures(2, 1)
+    rows: Any = figure.subfigures(2, 1)
+    upper, lower = rows
     panels = [*upper.subplots(1, 4), *lower.subplots(1, 3, width_ratios=(1, 1.2, 1.7))]
 
     panels[0].plot(*curve(teacher, "loss"), color="tab:gray")

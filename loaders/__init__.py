@@ -101,8 +101,8 @@ class Loader:
         self, batches: Iterator[HostBatch], config: DataConfig, views: Sequence[View], device: torch.device
     ) -> None:
         self._batches, self.config, self.views, self.device = batches, config, views, device
-        self._mean = torch.tensor(config.mean, device=device)
-        self._std = torch.tensor(config.std, device=device)
+        self._mean = torch.tensor(config.mean, device=device, dtype=torch.float32)
+        self._std = torch.tensor(config.std, device=device, dtype=torch.float32)
         self.bad: dict[str, str] = {}
 
     def __iter__(self) -> Iterator[Batch]:
@@ -133,17 +133,16 @@ class Loader:
 
     def close(self) -> None:
         """Free the back end's threads, processes and memory."""
-        for name in ("close", "_shutdown_workers"):  # the second is how torch's DataLoader ends its workers
-            if hasattr(self._batches, name):
-                getattr(self._batches, name)()
-        self._batches = iter(())
+        if hasattr(self._batches, "close"):
+            self._batches.close()
+        self._batches = iter(())  # torch's DataLoader ends its workers when its iterator goes
 
 
 def open_data(config: DataConfig, split: Literal["train", "val"]) -> Index:
     """Index a split of the data set.
 
     Raises:
-        DataError: it is not named, missing, or not laid out as expected.
+        DataError: it is not named, missing, not laid out as expected, or smaller than one training batch.
     """
     if config.backend == "synthetic":
         options: Any = config.options
@@ -152,7 +151,13 @@ def open_data(config: DataConfig, split: Literal["train", "val"]) -> Index:
     root = getattr(config, split)
     if root is None:
         raise DataError(f"data.{split}: not set; expected a folder with one folder of images per class")
-    return open_index(Path(root), max_pixels=config.max_pixels)
+    index = open_index(Path(root), max_pixels=config.max_pixels)
+    if split == "train" and len(index) < config.batch_size:
+        raise DataError(
+            f"{root}: {len(index)} images are fewer than data.batch_size {config.batch_size}; "
+            "expected at least one batch"
+        )
+    return index
 
 
 def workers_per_rank(config: DataConfig, local_world_size: int) -> int:
@@ -177,13 +182,8 @@ def open_train(
     world_size)` of them per step.
 
     Raises:
-        DataError: fewer images than one batch, or the back end is not installed.
+        DataError: the back end is not installed.
     """
-    if len(index) < config.batch_size:
-        raise DataError(
-            f"{index.root}: {len(index)} images are fewer than data.batch_size {config.batch_size}; "
-            "expected at least one batch"
-        )
     stream = Stream(index, config.views, seed)
     positions = TrainPositions(
         batch_size=config.batch_size,

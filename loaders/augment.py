@@ -90,7 +90,7 @@ def jitter_slots(color: Tensor) -> tuple[Tensor, Tensor]:
     operation = order[order != _HUE_PLACE].view(-1, 3)  # [B, 3], in order
     factors = color[:, [BRIGHTNESS, CONTRAST, SATURATION]].gather(1, operation)
     blends = torch.stack((factors, (operation == 1).float(), (operation == 2).float()), dim=2)  # [B, 3, 3]
-    identity = torch.tensor([1.0, 0.0, 0.0], device=color.device).expand_as(blends)
+    identity = torch.tensor([1.0, 0.0, 0.0], device=color.device, dtype=color.dtype).expand_as(blends)
     before = (torch.arange(3, device=color.device) < hue_place[:, None])[:, :, None]
     slots = torch.cat((torch.where(before, blends, identity), torch.where(before, identity, blends)), dim=1)
     return slots, color[:, HUE]

@@ -27,6 +27,10 @@ RECIPE_IDS = [str(path.relative_to(ROOT / "recipes")) for path in RECIPES]
 STUDENT = "{arch: reactnet, width: 2, stem_stride: 2, weights: %s, activations: binary}"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="write tests/golden anew")
+
+
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))

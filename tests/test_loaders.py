@@ -360,7 +360,7 @@ def test_layout_errors_name_the_folder(tmp_path):
 
 
 def test_fewer_images_than_a_batch(tree):
-    with pytest.raises(DataError, match=r"24 images are fewer than data.batch_size 32"):
+    with pytest.raises(DataError, match="24 images are fewer than data.batch_size 32"):
         open_train(config("folder", tree, batch_size=32))
 
 

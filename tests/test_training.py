@@ -32,13 +32,25 @@ def trainer_of(recipe, **options):
     return Trainer(recipe, dist.start("cpu", 60), **options)
 
 
+def open_loader(trainer):
+    """The training batches of a trainer, from its first step."""
+    world = trainer.world
+    return train.loaders.open_train(
+        trainer.recipe.data,
+        trainer.indices["train"],
+        seed=trainer.recipe.seed,
+        step=0,
+        rank=world.rank,
+        world_size=world.world_size,
+        local_world_size=world.local_world_size,
+        device=world.device,
+    )
+
+
 def prepare(recipe):
     """A trainer that can be stepped by hand."""
     trainer = trainer_of(recipe)
-    trainer.loader = train.loaders.open_train(
-        recipe.data, trainer.indices["train"], seed=recipe.seed, step=0, rank=0, world_size=1, local_world_size=1,
-        device=torch.device("cpu"),
-    )  # fmt: skip
+    trainer.loader = open_loader(trainer)
     return trainer
 
 
@@ -221,10 +233,7 @@ def gradients(overrides, folder):
     try:
         trainer = Trainer(recipe, world)
         trainer.method.backbone.eval()  # BatchNorm with running statistics
-        batches = train.loaders.open_train(
-            recipe.data, trainer.indices["train"], seed=0, step=0, rank=world.rank, world_size=world.world_size,
-            local_world_size=world.local_world_size, device=world.device,
-        )  # fmt: skip
+        batches = open_loader(trainer)
         trainer.loader = (b._replace(views=[view.double() for view in b.views]) for b in batches)
         kept = {}
         trainer.optimizer.step = lambda: kept.update(

@@ -31,7 +31,10 @@ NEIGHBOURS, TEMPERATURE = 20, 0.07
 class Chain:
     """The runs of one seed."""
 
-    def __init__(self, recipe_folder: str, out: Path, seed: int) -> None:
+    RUNS = 8  # of one seed
+
+    def __init__(self, recipe_folder: str, out: Path, seed: int, num_seeds: int) -> None:
+        self.done, self.total = self.RUNS * seed, self.RUNS * num_seeds
         self.recipe_folder, self.out = recipe_folder, out / f"seed{seed}"
         self.common = [f"run.folder={self.out}", f"seed={seed}"]
         self.seconds = 0.0
@@ -40,7 +43,8 @@ class Chain:
         """Run one recipe to its end, or what is left of it."""
         path = _root.ROOT / "recipes" / self.recipe_folder / f"{name}.yaml"
         recipe = recipes.load(path, [*self.common, f"name={as_name or name}", *overrides])
-        print(f"\n=== {title}: {recipe.folder}", flush=True)
+        self.done += 1
+        print(f"\n=== {self.done} of {self.total}: {title} ({recipe.folder})", flush=True)
         started = time.perf_counter()
         train.run(recipe, resume=True)
         self.seconds += time.perf_counter() - started
@@ -131,7 +135,7 @@ def main() -> int:
     make = [sys.executable, str(_root.ROOT / "tools" / "make_images.py"), arguments.dataset]
     if subprocess.run([*make, f"data/{arguments.dataset}"]).returncode:
         return train.EXIT_BAD_INPUT
-    chains = [Chain(recipe_folder, out, seed) for seed in range(arguments.seeds)]
+    chains = [Chain(recipe_folder, out, seed, arguments.seeds) for seed in range(arguments.seeds)]
     all_runs, all_scores = [], []
     try:
         for chain in chains:

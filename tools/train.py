@@ -55,6 +55,8 @@ def main() -> int:
 
 
 def _fail(error: Exception, code: int) -> int:
+    if code == train.EXIT_BAD_INPUT and dist.environment_rank(local=True) != 0:
+        return code  # one line per machine is enough
     print(f"error: {error}" if code != train.EXIT_STOPPED else str(error), file=sys.stderr)
     return code
 

@@ -1,0 +1,57 @@
+"""Losses of 100 steps in float64 against committed ones: a change that should not change the maths must not.
+
+    python -m pytest tests/test_golden.py --update-golden        writes them anew, for a change that should
+
+float64, because a binary network turns the rounding differences of two processors into flipped signs. Two runs on one
+machine must be equal to the bit in float32 too: reliability list, number 5.
+"""
+
+import pytest
+import torch
+
+from engine import dist
+from engine.train import Trainer
+from tests.conftest import ROOT, rows, run, tiny
+
+GOLDEN = ROOT / "tests" / "golden"
+STEPS = 100
+NUM_VIEWS = {"burn_stage1.yaml": 2, "burn_stage2.yaml": 2, "moco_v2.yaml": 2, "linear_burn_release.yaml": 1}
+
+
+def losses(path, folder):
+    # Bicubic everywhere: PyTorch's bilinear filter of uint8 rounds differently with and without AVX2.
+    filters = [f"data.views.{number}.interpolation=bicubic" for number in range(NUM_VIEWS[path])]
+    recipe = tiny(path, folder, f"run.duration={STEPS}it", "data.batch_size=8", "evals=[]", *filters)
+    torch.set_default_dtype(torch.float64)
+    try:
+        trainer = Trainer(recipe, dist.start("cpu", 60))
+        from tests.test_training import open_loader
+
+        batches = open_loader(trainer)
+        trainer.loader = (b._replace(views=[view.double() for view in b.views]) for b in batches)
+        found = []
+        for _ in range(STEPS):
+            trainer.step()
+            trainer.steps_done += 1
+            found.append(trainer.meter.read()["loss"])
+        return found
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("path", NUM_VIEWS)
+def test_losses_are_the_committed_ones(path, tmp_path, request):
+    found = losses(path, tmp_path)
+    file = (GOLDEN / path).with_suffix(".txt")
+    if request.config.getoption("--update-golden"):
+        file.write_text(f"# torch {torch.__version__}\n" + "".join(f"{loss:.9g}\n" for loss in found))
+    expected = [float(line) for line in file.read_text().splitlines() if not line.startswith("#")]
+    assert len(expected) == STEPS
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_hundred_steps_twice_are_equal_to_the_bit(tmp_path):
+    overrides = ["run.duration=100it", "data.batch_size=8", "evals=[]", "run.save_every=100it"]
+    a, b = (tiny("quick/burn_stage2.yaml", tmp_path / name, *overrides) for name in "ab")
+    run(a), run(b)
+    assert len(rows(a)) == 100 and rows(a) == rows(b)
