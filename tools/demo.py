@@ -29,20 +29,18 @@ NEIGHBOURS, TEMPERATURE = 20, 0.07
 
 
 class Chain:
-    """The runs of one seed."""
+    """Runs in one folder, one after the other; the teacher is shared by all seeds, as a published file would be."""
 
-    RUNS = 8  # of one seed
-
-    def __init__(self, recipe_folder: str, out: Path, seed: int, num_seeds: int) -> None:
-        self.done, self.total = self.RUNS * seed, self.RUNS * num_seeds
-        self.recipe_folder, self.out = recipe_folder, out / f"seed{seed}"
-        self.common = [f"run.folder={self.out}", f"seed={seed}"]
+    def __init__(self, recipe_folder: str, out: Path, num_seeds: int) -> None:
+        self.recipe_folder, self.out = recipe_folder, out
+        self.done, self.total = 0, 2 + 6 * num_seeds
         self.seconds = 0.0
 
-    def run(self, title: str, name: str, *overrides: str, as_name: str | None = None) -> Recipe:
+    def run(self, title: str, recipe_name: str, folder: str, *overrides: str, seed: int, name: str = "") -> Recipe:
         """Run one recipe to its end, or what is left of it."""
-        path = _root.ROOT / "recipes" / self.recipe_folder / f"{name}.yaml"
-        recipe = recipes.load(path, [*self.common, f"name={as_name or name}", *overrides])
+        path = _root.ROOT / "recipes" / self.recipe_folder / f"{recipe_name}.yaml"
+        place = [f"run.folder={self.out / folder}", f"name={name or recipe_name}", f"seed={seed}"]
+        recipe = recipes.load(path, [*place, *overrides])
         self.done += 1
         print(f"\n=== {self.done} of {self.total}: {title} ({recipe.folder})", flush=True)
         started = time.perf_counter()
@@ -50,38 +48,40 @@ class Chain:
         self.seconds += time.perf_counter() - started
         return recipe
 
-    def init(self, *sources: tuple[str, dict[str, str]]) -> str:
-        """An `init` override from runs of this chain."""
-        return "init=" + json.dumps([{"from": str(self.out / run), "load": load} for run, load in sources])
+    def teacher(self) -> Recipe:
+        """The floating-point teacher."""
+        return self.run("floating-point teacher (MoCo v2)", "moco", "teacher", seed=0)
 
-    def pretrain(self) -> dict[str, Recipe]:
-        """Teacher, both stages, and the random baseline."""
-        teacher = ("moco", {"teacher": "backbone"})
+    def students(self, teacher: Recipe, seed: int) -> dict[str, Recipe]:
+        """The random baseline and both BURN stages of one seed."""
+        folder = f"seed{seed}"
+        extractor = (teacher, {"teacher": "backbone"})
         kept = {part: part for part in ("student", "student_head", "teacher_head")}
-        runs = {"teacher": self.run("floating-point teacher (MoCo v2)", "moco")}
-        runs["stage 1"] = self.run("BURN stage 1: binary activations", "burn_stage1", self.init(teacher))
-        runs["stage 2"] = self.run(
-            "BURN stage 2: binary weights too", "burn_stage2", self.init(("burn_stage1", kept), teacher)
-        )
         # A fair random network: nothing is learned, but BatchNorm has seen the data.
-        runs["random"] = self.run(
-            "the same binary network, random, with BatchNorm statistics only", "burn_stage2", self.init(teacher),
-            "schedules.lr=0", "run.duration=50it", "evals=[]", as_name="random",
-        )  # fmt: skip
+        still = ["schedules.lr=0", "run.duration=50it", "evals=[]", _init(extractor)]
+        runs = {"random": self.run("random weights, BatchNorm statistics only", "burn_stage2", folder, *still,
+                                   seed=seed, name="random")}  # fmt: skip
+        runs["stage 1"] = self.run(
+            "BURN stage 1: binary activations", "burn_stage1", folder, _init(extractor), seed=seed
+        )
+        sources = _init((runs["stage 1"], kept), extractor)
+        runs["stage 2"] = self.run("BURN stage 2: binary weights too", "burn_stage2", folder, sources, seed=seed)
         return runs
 
-    def probe(self, runs: dict[str, Recipe]) -> dict[str, float]:
-        """Linear top-1 of every network."""
-        scores = {}
-        for name, recipe in runs.items():
-            part = "backbone" if name == "teacher" else "student"
-            network = dict(recipe.method)[part].model_dump_json()
-            probe = self.run(
-                f"linear evaluation of {name}", "linear", f"method.backbone={network}",
-                self.init((recipe.name, {"backbone": part})), as_name=f"linear_{recipe.name}",
-            )  # fmt: skip
-            scores[name] = report.final(probe.folder, "accuracy")
-        return scores
+    def probe(self, name: str, recipe: Recipe, part: str) -> float:
+        """Linear top-1 of a run's network."""
+        network = dict(recipe.method)[part].model_dump_json()
+        folder = recipe.folder.parent.name
+        overrides = [f"method.backbone={network}", _init((recipe, {"backbone": part}))]
+        probe = self.run(
+            f"linear evaluation of {name}", "linear", folder, *overrides, seed=recipe.seed, name=f"linear_{recipe.name}"
+        )
+        return report.final(probe.folder, "accuracy")
+
+
+def _init(*sources: tuple[Recipe, dict[str, str]]) -> str:
+    """An `init` override from other runs."""
+    return "init=" + json.dumps([{"from": str(recipe.folder), "load": load} for recipe, load in sources])
 
 
 def pixel_baselines(recipe: Recipe) -> dict[str, float]:
@@ -135,31 +135,33 @@ def main() -> int:
     make = [sys.executable, str(_root.ROOT / "tools" / "make_images.py"), arguments.dataset]
     if subprocess.run([*make, f"data/{arguments.dataset}"]).returncode:
         return train.EXIT_BAD_INPUT
-    chains = [Chain(recipe_folder, out, seed, arguments.seeds) for seed in range(arguments.seeds)]
-    all_runs, all_scores = [], []
+    chain = Chain(recipe_folder, out, arguments.seeds)
+    students, scores_of = [], []
     try:
-        for chain in chains:
-            all_runs.append(chain.pretrain())
-            all_scores.append(chain.probe(all_runs[-1]))
+        teacher = chain.teacher()
+        teacher_score = chain.probe("the teacher", teacher, "backbone")
+        for seed in range(arguments.seeds):
+            students.append(chain.students(teacher, seed))
+            scores_of.append({name: chain.probe(name, run, "student") for name, run in students[-1].items()})
     except train.Stopped as stopped:
         print(f"{stopped}; start this command again")
         return train.EXIT_STOPPED
-    first = all_runs[0]
     names = {
         "random": "binary network, random",
         "stage 1": "BURN stage 1 (binary activations)",
         "stage 2": "BURN stage 2 (all binary)",
-        "teacher": "floating-point teacher",
     }
-    scores = [Score(name, [seed[key] for seed in all_scores]) for key, name in names.items()]
+    first = students[0]
+    scores = [Score(name, [seed[key] for seed in scores_of]) for key, name in names.items()]
+    scores.append(Score("floating-point teacher", [teacher_score]))
     scores += [Score(name, [value]) for name, value in pixel_baselines(first["stage 2"]).items()]
     stages = {name: first[name].folder for name in ("stage 1", "stage 2")}
     width = dict(first["stage 2"].method)["student"].width
     heading = f"BURN on {title}: ReActNet-A x{width / 32:g}, {arguments.seeds} seed(s)"
     figure = out / "report.png"
-    report.draw(figure, heading, first["teacher"].folder, stages, scores, sample_views(first["stage 2"]))
+    report.draw(figure, heading, teacher.folder, stages, scores, sample_views(first["stage 2"]))
     text = report.table(scores)
-    gain = [seed["stage 2"] - seed["random"] for seed in all_scores]
+    gain = [seed["stage 2"] - seed["random"] for seed in scores_of]
     closing = f"BURN stage 2 is {report.spread(gain)} points above the same network at random initialisation."
     elapsed = f"{duration(time.perf_counter() - started)} in this call"
     (out / "report.md").write_text(
@@ -173,11 +175,11 @@ def main() -> int:
             "top1": {score.name: score.values for score in scores},
             "stage2_minus_random": gain,
             "knn_online": {
-                name: [report.final(runs[name].folder, "knn") for runs in all_runs]
-                for name in ("teacher", "stage 1", "stage 2")
+                "teacher": report.final(teacher.folder, "knn"),
+                **{name: [report.final(seed[name].folder, "knn") for seed in students] for name in stages},
             },
-            "training_seconds": [round(chain.seconds) for chain in chains],
-            "recipes": {name: recipe.hash for name, recipe in first.items()},
+            "seconds_in_this_call": round(chain.seconds),
+            "recipes": {"teacher": teacher.hash, **{name: recipe.hash for name, recipe in first.items()}},
             "environment": environment(),
         }
         arguments.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
