@@ -117,10 +117,10 @@ class Loader:
                     f"{path}: {reason}; remove or repair it, or set data.on_bad_image=replace to go on without it"
                 )
             self.bad.update(batch.bad)
-        color = batch.color.to(self.device, non_blocking=True)
+        color = self._to_device(batch.color)
         views = [
             augment_batch(
-                images.to(self.device, non_blocking=True),
+                self._to_device(images),
                 color[:, number],
                 view,
                 self._mean,
@@ -129,7 +129,13 @@ class Loader:
             )
             for number, (images, view) in enumerate(zip(batch.views, self.views, strict=True))
         ]
-        return Batch(views, batch.label.to(self.device, non_blocking=True), batch.rows)
+        return Batch(views, self._to_device(batch.label), batch.rows)
+
+    def _to_device(self, tensor: Tensor) -> Tensor:
+        # Only a copy from pinned memory leaves the host free to go on.
+        if self.device.type == "cuda" and not tensor.is_cuda and not tensor.is_pinned():
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)
 
     def close(self) -> None:
         """Free the back end's threads, processes and memory."""

@@ -7,6 +7,7 @@ identities included; on a CPU only on the images that drew it, which is cheaper 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -29,8 +30,16 @@ from loaders.sampler import (
 from loaders.views import View
 
 _GRAY_WEIGHTS = (0.2989, 0.587, 0.114)  # ITU-R 601-2 luma, as torchvision rounds it
-_HUE_PLACE = 3
-ORDERS = torch.tensor(list(itertools.permutations(range(4))))  # [24, 4]: 0 brightness, 1 contrast, 2 saturation, 3 hue
+_HUE_OPERATION = 3
+ORDERS = list(itertools.permutations(range(4)))  # of 0 brightness, 1 contrast, 2 saturation, 3 hue
+
+
+@functools.cache
+def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
+    """For each of the 24 orders: the operations but hue [24, 3], and how many of them come before hue [24]."""
+    others = [[operation for operation in order if operation != _HUE_OPERATION] for order in ORDERS]
+    before = [order.index(_HUE_OPERATION) for order in ORDERS]
+    return torch.tensor(others, device=device), torch.tensor(before, device=device)
 
 
 def augment_batch(images: Tensor, color: Tensor, view: View, mean: Tensor, std: Tensor, *, select: bool) -> Tensor:
@@ -85,13 +94,14 @@ def jitter_slots(color: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         [B, 6, 3] with (f, m, s) in the last axis, and the hue shift [B].
     """
-    order = ORDERS.to(color.device)[color[:, ORDER].long()]  # [B, 4]
-    hue_place = (order == _HUE_PLACE).int().argmax(dim=1)  # [B]
-    operation = order[order != _HUE_PLACE].view(-1, 3)  # [B, 3], in order
-    factors = color[:, [BRIGHTNESS, CONTRAST, SATURATION]].gather(1, operation)
-    blends = torch.stack((factors, (operation == 1).float(), (operation == 2).float()), dim=2)  # [B, 3, 3]
-    identity = torch.tensor([1.0, 0.0, 0.0], device=color.device, dtype=color.dtype).expand_as(blends)
-    before = (torch.arange(3, device=color.device) < hue_place[:, None])[:, :, None]
+    others, num_before = _tables(color.device)
+    order = color[:, ORDER].long()  # [B]
+    operation = others[order]  # [B, 3]
+    factor = color[:, BRIGHTNESS : SATURATION + 1].gather(1, operation)
+    blends = torch.stack((factor, operation == CONTRAST - BRIGHTNESS, operation == SATURATION - BRIGHTNESS), dim=2)
+    identity = torch.zeros_like(blends)  # [B, 3, 3]
+    identity[:, :, 0] = 1
+    before = (torch.arange(3, device=color.device) < num_before[order, None])[:, :, None]
     slots = torch.cat((torch.where(before, blends, identity), torch.where(before, identity, blends)), dim=1)
     return slots, color[:, HUE]
 

@@ -46,7 +46,7 @@ def reference(image, color):
         lambda x: F.adjust_saturation(x, color[SATURATION].item()),
         lambda x: F.adjust_hue(x, color[HUE].item()),
     )
-    for number in ORDERS[int(color[ORDER])].tolist():
+    for number in ORDERS[int(color[ORDER])]:
         x = operations[number](x)
     if color[GRAY]:
         x = F.rgb_to_grayscale(x, 3)
