@@ -18,6 +18,7 @@ from typing import IO, Any, cast
 import torch
 from torch import Tensor, nn
 
+from engine.log import logger
 from engine.recipe import InitConfig
 from models import weights
 
@@ -27,6 +28,10 @@ _NAME = re.compile(r"step-(\d{9})-([0-9a-f]{16})\.pt")
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be written or used; the message names the file."""
+
+
+class NotFiniteError(CheckpointError):
+    """The state to be saved holds a number that is not finite."""
 
 
 class _HashingFile(io.RawIOBase):
@@ -52,12 +57,12 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
     """Write a checkpoint, then delete all but the newest `keep`.
 
     Raises:
-        CheckpointError: a tensor of the method is not finite, so the last good checkpoint stays; or the disk
-            refuses (full, no permission). Nothing is left behind either way.
+        NotFiniteError: a tensor of the method is not finite; the last good checkpoint stays.
+        CheckpointError: the disk refuses (full, no permission); nothing half-written is left behind.
     """
     broken = [name for name, value in state["method"].items() if not _is_finite(value)]
     if broken:
-        raise CheckpointError(
+        raise NotFiniteError(
             f"{folder}: step {step} is not saved, not finite: {', '.join(broken[:5])}; the last good checkpoint stays"
         )
     aside = folder / f".step-{step:09d}.{os.getpid()}.part"
@@ -144,7 +149,12 @@ def initialise(module: nn.Module, init: InitConfig) -> None:
         models.weights.WeightsError: keys or shapes that do not fit; all of them are listed.
     """
     path = source(init)
-    parts = weights.read(path)
+    if _NAME.fullmatch(path.name) and not is_intact(path):
+        raise CheckpointError(f"{path}: damaged, its content does not match the hash in its name")
+    content = weights.read_file(path)
+    if isinstance(content, dict) and content.get("step", 0) < content.get("total_steps", 0):
+        logger.warning(f"{path}: of an unfinished run, step {content['step']} of {content['total_steps']}")
+    parts = weights.split(content, path)
     children = dict(module.named_children())
     for target, part in init.load.items():
         if target not in children:
@@ -154,6 +164,7 @@ def initialise(module: nn.Module, init: InitConfig) -> None:
         if part not in parts:
             raise CheckpointError(f"{path}: has no part '{part}', expected one of {', '.join(parts)}")
         weights.load_part(children[target], parts[part], part=part, path=path)
+        logger.info(f"{target} starts from {part} of {path}")
 
 
 def _newest_first(folder: Path) -> Iterator[Path]:

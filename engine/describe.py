@@ -15,8 +15,12 @@ from engine.schedules import Horizon, to_steps, value
 from models import backbones, cost, methods
 
 
-def missing(recipe: Recipe) -> list[str]:
-    """What the recipe names and this machine does not have, each with what to do."""
+def missing(recipe: Recipe, *, resumes: bool = False) -> list[str]:
+    """What the recipe names and this machine does not have, each with what to do.
+
+    Args:
+        resumes: a run that has a checkpoint needs no `init` any more.
+    """
     problems = []
     data = recipe.data
     if data.backend == "dali" and not _has_dali():
@@ -32,7 +36,8 @@ def missing(recipe: Recipe) -> list[str]:
                     f"data.{split}: no folder {root}; expected one folder of images per class, "
                     f"set data.{split}=/path/to/{split}"
                 )
-    for number, init in enumerate(recipe.init):
+    has_checkpoint = resumes and checkpoint.latest(recipe.folder / "checkpoints")[0] is not None
+    for number, init in enumerate(() if has_checkpoint else recipe.init):
         try:
             checkpoint.source(init)
         except checkpoint.CheckpointError as error:

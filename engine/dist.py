@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from datetime import timedelta
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from engine.recipe import RecipeError
+
+T = TypeVar("T")
 
 
 class World(NamedTuple):
@@ -76,6 +79,50 @@ def barrier() -> None:
     """Wait for all ranks."""
     if dist.is_initialized():
         dist.barrier()
+
+
+def gather_objects(mine: Any) -> list[Any]:
+    """Plain data of every rank, in rank order."""
+    if not dist.is_initialized():
+        return [mine]
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    return everyone
+
+
+def together(action: Callable[[], T]) -> T:
+    """Do something that can fail on every rank; where it fails on one, all raise and none waits for it.
+
+    Raises:
+        ValueError, OSError: what `action` raised here.
+        RecipeError: what it raised on another rank, which is named.
+    """
+    result: T | None = None
+    error: ValueError | OSError | None = None
+    try:
+        result = action()
+    except (ValueError, OSError) as caught:
+        error = caught
+    errors = gather_objects(str(error) if error else None)
+    if error:
+        raise error
+    for rank, text in enumerate(errors):
+        if text is not None:
+            raise RecipeError(f"rank {rank}: {text}")
+    return cast(T, result)
+
+
+def must_agree(facts: dict[str, Any]) -> None:
+    """Check that all ranks are about to do the same.
+
+    Raises:
+        RecipeError: on all ranks, naming the fact and two ranks that differ.
+    """
+    everyone = gather_objects(facts)
+    for rank, theirs in enumerate(everyone):
+        for name, fact in everyone[0].items():
+            if theirs[name] != fact:
+                raise RecipeError(f"{name} is {fact} on rank 0 and {theirs[name]} on rank {rank}, expected the same")
 
 
 class Consensus:

@@ -5,6 +5,7 @@ People read lines (a progress bar on a terminal); machines read `metrics.jsonl` 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -12,6 +13,7 @@ import platform
 import subprocess
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -36,25 +38,28 @@ def to_console(is_main: bool) -> None:
 
 def environment() -> dict[str, Any]:
     """What a result depends on beside its recipe."""
-    import numpy
-    import torchvision
-
     here = Path(__file__).parent
-    versions = {"torch": torch.__version__, "torchvision": torchvision.__version__, "numpy": numpy.__version__}
-    dali = sys.modules.get("nvidia.dali")
-    if dali is not None:
-        versions["dali"] = dali.__version__
     return {
         "commit": _git(here, "rev-parse", "HEAD"),
         "uncommitted_changes": bool(_git(here, "status", "--porcelain")),
         "python": platform.python_version(),
-        "versions": versions,
+        "versions": versions(),
         "cpu": platform.processor() or platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "cuda": torch.version.cuda,
         "argv": sys.argv,
     }
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that numbers and pixels depend on."""
+    packages = ("torchvision", "numpy", "pillow", "nvidia-dali-cuda120", "nvidia-dali-cuda130")
+    found = {"torch": torch.__version__}
+    for package in packages:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
@@ -84,22 +89,21 @@ class Meter:
         names = list(self._sums)
         means = torch.stack([self._sums[name] / self._counts[name] for name in names])
         values = dist.mean(means).tolist()
-        self.load_state_dict({})
+        self._sums, self._counts = {}, {}
         return dict(zip(names, values, strict=True))
 
-    def agree(self) -> None:
-        """Replace every rank's sums by their mean, which a checkpoint then holds for all of them."""
-        if self._sums:
-            means = dist.mean(torch.stack(list(self._sums.values())))
-            self._sums = dict(zip(self._sums, means, strict=True))
-
     def state_dict(self) -> dict[str, Any]:
-        """An interval that a checkpoint cuts goes on after a resume."""
-        return {"sums": self._sums, "counts": self._counts} if self._sums else {}
+        """The sums of all ranks, so that an interval that a checkpoint cuts goes on after a resume."""
+        if not self._sums:
+            return {}
+        sums = dist.gather_rows(torch.stack(list(self._sums.values()))[None])  # [ranks, names]
+        return {"sums": sums, "counts": self._counts}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Inverse of `state_dict`."""
-        self._sums, self._counts = dict(state.get("sums", {})), dict(state.get("counts", {}))
+    def load_state_dict(self, state: dict[str, Any], rank: int) -> None:
+        """Take this rank's sums back."""
+        self._counts = dict(state.get("counts", {}))
+        mine = state["sums"][min(rank, len(state["sums"]) - 1)] if state else []
+        self._sums = dict(zip(self._counts, mine, strict=True))
 
 
 class Clock:
@@ -111,8 +115,7 @@ class Clock:
         self._waited = 0.0
         self._images = 0
         self._since: float | None = None
-        self._first_images: int | None = None
-        self._rate: float | None = None
+        self._rates: list[float] = []
 
     def run(self) -> None:
         """Training goes on."""
@@ -138,15 +141,16 @@ class Clock:
         """Speed since the last reading and time left; starts the next interval."""
         self.pause()
         rate = self._images / max(self._interval, 1e-9)
-        # The first interval holds compilation and warm-up: it must not shape the estimate for long.
-        self._rate = rate if self._rate is None or self._first_images is None else 0.7 * self._rate + 0.3 * rate
-        self._first_images = self._images if self._first_images is None else self._first_images
+        self._rates = [*self._rates, rate][-10:]
+        # The first interval holds compilation and warm-up: it counts only while there is no other.
+        steady = self._rates[1:] or self._rates
+        mean_rate = sum(steady) / len(steady)
         row = {
             "images_per_second": round(rate, 2),
             "data_wait": round(self._waited / max(self._interval, 1e-9), 4),
             "memory_gib": round(_memory_bytes() / 2**30, 3),
             "seconds": round(self.seconds, 2),
-            "eta_seconds": round(images_left / max(self._rate, 1e-9), 1),
+            "eta_seconds": round(images_left / max(mean_rate, 1e-9), 1),
         }
         self._interval = self._waited = 0.0
         self._images = 0
@@ -193,12 +197,15 @@ class RunLog:
             "images": step * self.horizon.batch_size,
         }
         kind = {"evaluation": evaluation} if evaluation else {}
-        self._rows.write(json.dumps({**fixed, **kind, **scalars}) + "\n")
-        self._rows.flush()
         prefix = f"{evaluation}/" if evaluation else ""
-        for name, scalar in scalars.items():
-            if isinstance(scalar, int | float):
-                self._board.add_scalar(prefix + name, scalar, step)
+        try:
+            self._rows.write(json.dumps({**fixed, **kind, **scalars}) + "\n")
+            self._rows.flush()
+            for name, scalar in scalars.items():
+                if isinstance(scalar, int | float):
+                    self._board.add_scalar(prefix + name, scalar, step)
+        except OSError as error:  # a full disk must not cost the run
+            logger.warning(f"metrics of step {step} cannot be written: {error.strerror}; training goes on")
         line = _line(step, self.horizon, scalars, evaluation)
         if self._bar.disable:
             logger.info(line)
@@ -210,8 +217,9 @@ class RunLog:
     def close(self) -> None:
         """Flush everything."""
         self._bar.close()
-        self._board.close()
-        self._rows.close()
+        with contextlib.suppress(OSError):
+            self._board.close()
+            self._rows.close()
 
 
 def _open_rows(path: Path, step: int) -> TextIO:

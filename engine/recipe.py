@@ -12,13 +12,13 @@ import re
 import typing
 from collections.abc import Hashable, Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator, model_validator
 
 import loaders
-from engine.schedules import Duration, Schedule
+from engine.schedules import PositiveDuration, Schedule
 from models import methods
 from models.reactnet import Config as ReActNetConfig
 from models.reactnet import check_side
@@ -34,31 +34,40 @@ class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, validate_by_name=False)
 
 
+Momentum = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimConfig(_Section):
     """The optimizer; its learning rate and weight decay are in `schedules`."""
 
     name: Literal["adam", "adamw", "sgd"]
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Momentum, Momentum] = (0.9, 0.999)
     eps: float = Field(default=1e-8, gt=0)
-    momentum: float = Field(default=0.9, ge=0, lt=1)
+    momentum: Momentum = 0.9
     nesterov: bool = False
     decay: Literal["all", "weights"] = "all"
     """What weight decay applies to: every parameter, or only those with more than one axis of length above 1
     (so neither biases, nor BatchNorm, PReLU slopes and learned shifts)."""
-    lr_scale: dict[str, float] = {}
+    lr_scale: dict[str, Annotated[float, Field(gt=0)]] = {}
     """Part of the method -> factor on its learning rate, 1 where a part is not named."""
+
+    @model_validator(mode="after")
+    def _nesterov_needs_momentum(self) -> OptimConfig:
+        if self.nesterov and (self.name != "sgd" or self.momentum == 0):
+            raise ValueError("nesterov: true needs name: sgd and a momentum above 0")
+        return self
 
 
 class RunConfig(_Section):
     """Length and machinery of a run."""
 
-    duration: Duration
+    duration: PositiveDuration
     device: Literal["auto", "cpu", "cuda"] = "auto"
     amp: Literal["off", "bf16", "fp16"] = "off"
     channels_last: bool = True
     compile: bool = False
-    log_every: Duration = "50it"
-    save_every: Duration = "10ep"
+    log_every: PositiveDuration = "50it"
+    save_every: PositiveDuration = "10ep"
     keep: int = Field(default=2, ge=1)
     """Checkpoints kept; older ones are deleted after a newer one is complete."""
     max_skipped_steps: int = Field(default=20, ge=0)
@@ -80,7 +89,7 @@ class EvalConfig(_Section):
     """An evaluation during the run; its numbers are labelled online."""
 
     kind: Literal["knn", "accuracy"]
-    every: Duration = "10%"
+    every: PositiveDuration = "10%"
     neighbours: int = Field(default=20, ge=1)
     temperature: float = Field(default=0.07, gt=0)
     bank: int = Field(default=50_000, ge=1)
@@ -202,9 +211,10 @@ def _cross_check(recipe: Recipe, path: Path) -> None:
             raise RecipeError(
                 f"{path}: evals.{number}.kind: method {recipe.method.name} has no classifier to measure, expected knn"
             )
-    for part, scale in recipe.optim.lr_scale.items():
-        if scale <= 0:
-            raise RecipeError(f"{path}: optim.lr_scale.{part}: expected greater than 0, got {scale}")
+    for name in method.schedules:  # λ, momenta: each weighs one thing against another
+        schedule = recipe.schedules[name]
+        if max(schedule.start, schedule.end) > 1:
+            raise RecipeError(f"{path}: schedules.{name}: expected values from 0 to 1")
     sizes = [(f"data.views.{i}.size", view.size) for i, view in enumerate(recipe.data.views)]
     sizes.append(("data.eval_view.size", recipe.data.eval_view.size))
     for network in dict(recipe.method).values():

@@ -17,8 +17,15 @@ def _check_duration(text: str) -> str:
     return text
 
 
+def _check_positive(text: str) -> str:
+    if not re.search(r"[1-9]", text):
+        raise ValueError(f"expected more than nothing, got {text!r}")
+    return text
+
+
 Duration = Annotated[str, AfterValidator(_check_duration)]
 """A length of training: `200ep` epochs, `5%` of the run, `1000it` optimizer steps."""
+PositiveDuration = Annotated[Duration, AfterValidator(_check_positive)]
 
 
 class Horizon(NamedTuple):
@@ -65,17 +72,17 @@ def due(step: int, every: str, horizon: Horizon) -> bool:
 class Schedule(BaseModel):
     """A scalar in time. In a recipe a plain number stands for `{shape: constant, start: number}`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     shape: Literal["constant", "cosine", "linear", "step"] = "constant"
-    start: float
-    end: float = 0.0
+    start: float = Field(ge=0)
+    end: float = Field(default=0.0, ge=0)
     """Value at the end of the run (cosine, linear)."""
     per: Literal["step", "epoch"] = "step"
     """Whether the value moves at every step or stays constant for an epoch (cosine, linear)."""
     milestones: tuple[Duration, ...] = ()
     """When `step` multiplies by `gamma`."""
-    gamma: float = 0.1
+    gamma: float = Field(default=0.1, gt=0)
     warmup: Duration = "0it"
     """The first part of the run, where the value is also multiplied by a line from `warmup_ratio` to 1."""
     warmup_ratio: float = Field(default=0.0, ge=0, le=1)
@@ -88,6 +95,12 @@ class Schedule(BaseModel):
         if isinstance(value, dict) and isinstance(value.get("milestones"), list):
             return {**value, "milestones": tuple(value["milestones"])}
         return value
+
+    @model_validator(mode="after")
+    def _has_milestones(self) -> Schedule:
+        if (self.shape == "step") != bool(self.milestones):
+            raise ValueError("milestones: expected with shape: step, and only there")
+        return self
 
 
 def value(schedule: Schedule, step: int, horizon: Horizon) -> float:

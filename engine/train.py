@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import signal
@@ -18,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 import loaders
 from engine import checkpoint, dist, evals, optim
 from engine.dist import World
-from engine.log import Clock, Meter, RunLog, duration, environment, logger
+from engine.log import Clock, Meter, RunLog, duration, environment, logger, versions
 from engine.recipe import Recipe, RecipeError, micro_steps
 from engine.schedules import Horizon, due, value
 from loaders import DataError, Index
@@ -29,6 +30,7 @@ from models.methods import Method
 EXIT_BAD_INPUT = 2
 EXIT_NOT_FINITE = 3
 EXIT_UNTRAINED = 4
+EXIT_NOT_SAVED = 5
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: saved, start again with --resume
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -39,7 +41,11 @@ _COVERED = ("data.train", "data.val", "data.expect_images")  # the fingerprint s
 
 
 class NotFinite(RuntimeError):
-    """A loss or gradient is not finite; nothing was saved after it."""
+    """A loss, a gradient or the network is not finite; nothing was saved after it."""
+
+
+class NotSaved(RuntimeError):
+    """The last checkpoint of a run, or that of a signal, could not be written."""
 
 
 class Untrained(RuntimeError):
@@ -75,18 +81,25 @@ class Trainer:
 
         torch.manual_seed(recipe.seed)
         self.method: Method = methods.load(recipe.method.name).Method(recipe.method)
-        found = self._newest_checkpoint(resume)
-        if found is None:
-            for init in recipe.init:
-                checkpoint.initialise(self.method, init)
         self.method.to(world.device)
         if recipe.run.channels_last:
-            self.method.to(memory_format=torch.channels_last)
+            _to_channels_last(self.method)
         self.optimizer = optim.build(recipe.optim, self.method)
         self.amp_dtype = _AMP[recipe.run.amp]
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.run.amp == "fp16")
-        if found is not None:
-            self._restore(checkpoint.load(found), found, allow_changes)
+        self._skipped = torch.zeros((), device=world.device)
+        # Rank 0 chooses, all load: a disk that only one machine sees must not send ranks to different steps.
+        found = dist.together(lambda: self._newest_checkpoint(resume) if world.is_main else None)
+        found = dist.gather_objects(found)[0]
+        dist.together(lambda: self._restore(found, allow_changes) if found else self._initialise())
+        dist.must_agree(
+            {
+                "the recipe": recipe.hash,
+                "the number of steps": self.horizon.total_steps,
+                "the step to start from": self.steps_done,
+                **{f"the fingerprint of data.{split}": index.fingerprint for split, index in self.indices.items()},
+            }
+        )
 
         if recipe.run.compile:
             self.method.compile(dynamic=False)  # in place: keys of the checkpoint never know of it
@@ -102,8 +115,7 @@ class Trainer:
         self.method.train()
         self.trained = [p for p in self.method.parameters() if p.requires_grad]
         self.values = {name: torch.zeros((), device=world.device) for name in self.method.schedules}
-        self._skipped = torch.zeros((), device=world.device)
-        self._guarded = False
+        self._guarded = self.steps_done > 0  # a run that has passed once may go on, whatever became of it
         self._signal: int | None = None
 
     # -------------------------------------------------------------------------------------------- the step
@@ -176,9 +188,10 @@ class Trainer:
             NotFinite: on all ranks at the same step, before anything is saved.
             Untrained: the guard of the first step.
             Stopped: a signal came; all ranks saved the same step.
+        NotSaved: the disk refused the last checkpoint, or that of a signal.
         """
         recipe, horizon = self.recipe, self.horizon
-        self._open_folder()
+        dist.together(self._open_folder)
         consensus = dist.Consensus(self.world)
         before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
         try:
@@ -205,7 +218,8 @@ class Trainer:
                 logs, saves = due(step, recipe.run.log_every, horizon), due(step, recipe.run.save_every, horizon)
                 due_evals = [evaluation for evaluation in recipe.evals if due(step, evaluation.every, horizon)]
                 if logs or saves or due_evals or stops:
-                    is_bad, stops = consensus.agreed()
+                    newest_bad, newest_stops = consensus.agreed()
+                    is_bad, stops = is_bad or newest_bad, stops or newest_stops
                 if is_bad:
                     raise NotFinite(
                         f"loss or gradients are not finite at step {step}; nothing was saved after the last "
@@ -255,7 +269,8 @@ class Trainer:
     # -------------------------------------------------------------------------------------------- what lasts
 
     def state_dict(self) -> dict[str, Any]:
-        """All that must survive. The data stream, the schedules and every draw are functions of the step."""
+        """All that must survive; called on all ranks. The data stream, the schedules and every draw are functions
+        of the step."""
         return {
             "method": self.method.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -263,9 +278,11 @@ class Trainer:
             "skipped": self._skipped,
             "meter": self.meter.state_dict(),
             "seconds": self.clock.seconds,
-            "bad_images": dict(self.bad_images),
+            "bad_images": {p: reason for bad in dist.gather_objects(self.bad_images) for p, reason in bad.items()},
+            "total_steps": self.horizon.total_steps,
             "recipe": self.recipe.dump(),
             "identity": self._identity(),
+            "versions": versions(),
         }
 
     def _identity(self) -> dict[str, Any]:
@@ -278,28 +295,30 @@ class Trainer:
         return flat
 
     def _save(self, step: int, *, must: bool) -> None:
-        self.meter.agree()
+        state = self.state_dict()
+        problem, is_finite = "", True
         if self.world.is_main:
             try:
-                path = checkpoint.save(
-                    self.recipe.folder / "checkpoints", step, self.state_dict(), self.recipe.run.keep
-                )
-                logger.info(f"saved {path}")
+                folder = self.recipe.folder / "checkpoints"
+                logger.info(f"saved {checkpoint.save(folder, step, state, self.recipe.run.keep)}")
             except checkpoint.CheckpointError as error:
-                if must:
-                    raise
-                logger.warning(f"{error}; training goes on")
-            self._write_bad_images()
-        dist.barrier()
+                problem, is_finite = str(error), not isinstance(error, checkpoint.NotFiniteError)
+            self._list_bad_images(state["bad_images"])
+        problem, is_finite = dist.gather_objects((problem, is_finite))[0]
+        if not is_finite:
+            raise NotFinite(problem)
+        if problem and must:
+            raise NotSaved(problem)
+        if problem and self.world.is_main:
+            logger.warning(f"{problem}; training goes on")
 
-    def _write_bad_images(self) -> None:
-        if self.bad_images:
-            lines = (f"{path}\t{reason}\n" for path, reason in sorted(self.bad_images.items()))
-            (self.recipe.folder / "bad_images.tsv").write_text("".join(lines), encoding="utf-8")
-            logger.warning(
-                f"{len(self.bad_images)} images could not be decoded and were replaced, listed in "
-                f"{self.recipe.folder / 'bad_images.tsv'}"
-            )
+    def _list_bad_images(self, bad: dict[str, str]) -> None:
+        if not bad:
+            return
+        path = self.recipe.folder / "bad_images.tsv"
+        logger.warning(f"{len(bad)} images could not be decoded and were replaced, listed in {path}")
+        with contextlib.suppress(OSError):
+            path.write_text("".join(f"{name}\t{reason}\n" for name, reason in sorted(bad.items())), encoding="utf-8")
 
     def _newest_checkpoint(self, resume: bool) -> Path | None:
         folder = self.recipe.folder / "checkpoints"
@@ -317,7 +336,19 @@ class Trainer:
             raise checkpoint.CheckpointError(f"{folder}: every checkpoint is damaged; remove them to start anew")
         return newest
 
-    def _restore(self, state: dict[str, Any], path: Path, allow_changes: bool) -> None:
+    def _initialise(self) -> None:
+        given = set()
+        for init in self.recipe.init:
+            checkpoint.initialise(self.method, init)
+            given |= set(init.load)
+        for name, part in self.method.named_children():
+            frozen = not any(parameter.requires_grad for parameter in part.parameters())
+            follows = any(prefix.startswith(name) for prefix in self.method.moved_after_step)
+            if frozen and not follows and name not in given:
+                logger.warning(f"{name} is frozen and random: no entry of init loads it")
+
+    def _restore(self, path: Path, allow_changes: bool) -> None:
+        state = checkpoint.load(path)
         then, now = state["identity"], self._identity()
         changed = [
             f"{key} was {then.get(key)}, is {now.get(key)}" for key in {**then, **now} if then.get(key) != now.get(key)
@@ -331,10 +362,12 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self._skipped = state["skipped"].to(self.world.device)
-        self.meter.load_state_dict(state["meter"])
+        self.meter.load_state_dict(state["meter"], self.world.rank)
         self.clock.seconds = state["seconds"]
         self.bad_images = state["bad_images"]
         self.steps_done = state["step"]
+        if state["versions"] != versions():
+            logger.warning(f"{path} was written with {state['versions']}, here are {versions()}: numbers may differ")
         logger.info(f"resumed {path} at step {self.steps_done}")
 
     def _open_folder(self) -> None:
@@ -345,7 +378,7 @@ class Trainer:
         folder.mkdir(parents=True, exist_ok=True)
         self._lock = open(folder / ".lock", "w")
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, workers do not inherit it
         except OSError:
             raise RecipeError(f"{folder}: another process is running here; wait for it or name this run anew") from None
         (folder / "recipe.yaml").write_text(self.recipe.dump(), encoding="utf-8")
@@ -376,14 +409,28 @@ def run(recipe: Recipe, *, resume: bool = False, allow_changes: bool = False) ->
         dist.stop()
 
 
+def _to_channels_last(module: torch.nn.Module) -> None:
+    # Only where there is a spatial extent: on [C, 1, 1] the two layouts are one and PyTorch's answer to which it is
+    # differs between a parameter and its gradient.
+    for parameter in module.parameters():
+        if parameter.ndim == 4 and parameter.shape[2] * parameter.shape[3] > 1:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+
+
 def _open_indices(recipe: Recipe, world: World) -> dict[str, Index]:
     """Index training and validation images; one process of each machine makes the cache, the others read it."""
     splits = ["train", *(["val"] if recipe.evals else [])]
-    indices: dict[str, Index] = {}
-    for turn in (True, False):
-        if (world.local_rank == 0) == turn:
-            indices = {split: loaders.open_data(recipe.data, split) for split in splits}  # type: ignore[arg-type]
-        dist.barrier()
+
+    def open_mine() -> dict[str, Index]:
+        opened = {split: loaders.open_data(recipe.data, split) for split in splits}  # type: ignore[arg-type]
+        _check_data(recipe, opened)
+        return opened
+
+    first = dist.together(lambda: open_mine() if world.local_rank == 0 else None)
+    return dist.together(lambda: first or open_mine())
+
+
+def _check_data(recipe: Recipe, indices: dict[str, Index]) -> None:
     train = indices["train"]
     expected = recipe.data.expect_images
     if expected is not None and len(train) != expected:
@@ -406,7 +453,6 @@ def _open_indices(recipe: Recipe, world: World) -> dict[str, Index]:
             if split == "train" and recipe.data.on_bad_image == "stop":
                 raise DataError(f"{text}; remove or repair them, or set data.on_bad_image=replace")
             logger.warning(text)
-    return indices
 
 
 def _flatten(content: Any, prefix: str = "") -> dict[str, Any]:

@@ -11,7 +11,7 @@ import pkgutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -43,10 +43,13 @@ def load(backend: str) -> ModuleType:
     return importlib.import_module(f"loaders.{backend}{SUFFIX}")
 
 
+Positive = Annotated[float, Field(gt=0)]
+
+
 class DataConfig(BaseModel):
     """The `data` section of a recipe."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     backend: str
     train: str | None = None
@@ -64,9 +67,10 @@ class DataConfig(BaseModel):
     eval_batch: int = Field(default=256, ge=1)
     """Images per rank and forward in evaluations."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
     on_bad_image: Literal["stop", "replace"] = "stop"
-    """An image that cannot be decoded ends the run, or gives way to its successor in the order."""
+    """A training image that cannot be decoded ends the run, or gives way to its successor in the order.
+    Evaluations leave such images out and say how many they measured."""
     max_pixels: int = Field(default=100_000_000, ge=1)
     """An image with more pixels counts as one that cannot be decoded."""
     workers: int | None = Field(default=None, ge=0)
@@ -98,9 +102,15 @@ class Loader:
     """
 
     def __init__(
-        self, batches: Iterator[HostBatch], config: DataConfig, views: Sequence[View], device: torch.device
+        self,
+        batches: Iterator[HostBatch],
+        config: DataConfig,
+        views: Sequence[View],
+        device: torch.device,
+        *,
+        stops: bool,
     ) -> None:
-        self._batches, self.config, self.views, self.device = batches, config, views, device
+        self._batches, self.views, self.device, self._stops = batches, views, device, stops
         self._mean = torch.tensor(config.mean, device=device, dtype=torch.float32)
         self._std = torch.tensor(config.std, device=device, dtype=torch.float32)
         self.bad: dict[str, str] = {}
@@ -111,7 +121,7 @@ class Loader:
     def __next__(self) -> Batch:
         batch = next(self._batches)
         if batch.bad:
-            if self.config.on_bad_image == "stop":
+            if self._stops:
                 path, reason = batch.bad[0]
                 raise DataError(
                     f"{path}: {reason}; remove or repair it, or set data.on_bad_image=replace to go on without it"
@@ -198,7 +208,7 @@ def open_train(
         world_size=world_size,
         step=step,
     )
-    return _open(config, stream, positions, True, local_world_size, device)
+    return _open(config, stream, positions, local_world_size, device, training=True)
 
 
 def open_eval(
@@ -220,23 +230,24 @@ def open_eval(
         rank=rank,
         world_size=world_size,
     )
-    return _open(config, stream, positions, False, local_world_size, device)
+    return _open(config, stream, positions, local_world_size, device, training=False)
 
 
 def _open(
     config: DataConfig,
     stream: Stream,
     positions: Iterable[list[int]],
-    replace: bool,
     local_world_size: int,
     device: torch.device,
+    *,
+    training: bool,
 ) -> Loader:
     batches = load(config.backend).open(
         stream,
         positions,
-        replace=replace,
+        replace=training and config.on_bad_image == "replace",
         workers=workers_per_rank(config, local_world_size),
         device=device,
         options=config.options,
     )
-    return Loader(batches, config, stream.views, device)
+    return Loader(batches, config, stream.views, device, stops=training and config.on_bad_image == "stop")

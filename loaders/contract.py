@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from loaders.sampler import Stream
+from loaders.sampler import NUM_COLOR, Stream
 
 
 class Options(BaseModel):
@@ -50,7 +50,7 @@ class HostBatch(NamedTuple):
         """Build from rows of the index."""
         return cls(
             views=views,
-            color=torch.from_numpy(color.reshape(len(image), len(stream.views), -1)),
+            color=torch.from_numpy(color.reshape(len(image), len(stream.views), NUM_COLOR)),
             label=torch.from_numpy(stream.index.label[image]),
             rows=torch.from_numpy(image),
             bad=bad,

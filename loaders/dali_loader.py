@@ -98,9 +98,12 @@ class _Batches:
         while True:
             work = self._fed[0]
             try:
-                views = self._take() if work.rows else []
+                views, changed = self._take(work) if work.rows else ([], [])
             except RuntimeError as error:
-                self._exclude(work, error)
+                self._exclude(self._culprits(work, error))
+                continue
+            if changed:
+                self._exclude(changed)
                 continue
             self._fed.popleft()
             return self._assemble(work, views)
@@ -132,6 +135,7 @@ class _Batches:
 
     def _build(self, batch_size: int, depth: int) -> Any:
         from nvidia import dali
+        from nvidia.dali import math
 
         fn, types = _untyped(dali.fn), _untyped(dali.types)  # their stubs do not know all that they hold
 
@@ -156,10 +160,14 @@ class _Batches:
                 adjust_orientation=False,
                 **(gpu_options if on_gpu else {}),
             )
+            shape = fn.peek_image_shape(content, adjust_orientation=False)  # height, width, channels
+            side = fn.cast(shape[:2], dtype=types.FLOAT)
             crops = []
             for number, view in enumerate(self.stream.views):
                 start = fn.external_source(name=f"start{number}", dtype=types.FLOAT, ndim=1)
                 end = fn.external_source(name=f"end{number}", dtype=types.FLOAT, ndim=1)
+                # DALI reads past the end of an image that has shrunk since it was indexed; `_take` discards it.
+                start, end = math.min(start, side - 1), math.min(end, side)
                 crops.append(
                     fn.resize(
                         image,
@@ -170,21 +178,25 @@ class _Batches:
                         antialias=True,
                     )
                 )
-            pipeline.set_outputs(*crops)
+            pipeline.set_outputs(*crops, shape)
         pipeline.build()
         return pipeline
 
-    def _take(self) -> list[Tensor]:
-        """The next crops of the pipeline: V x uint8 [rows, size, size, 3] on the device."""
+    def _take(self, work: _Work) -> tuple[list[Tensor], list[int]]:
+        """The next crops of the pipeline, V x uint8 [rows, size, size, 3] on the device, and the images among them
+        that are no longer of the size that was indexed, so that their windows mean nothing."""
         stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
-        outputs = self._pipeline.share_outputs(cuda_stream=stream)
+        *crops, shapes = self._pipeline.share_outputs(cuda_stream=stream)
         # A copy, though DALI says that its buffers outlive their release: not past the end of their pipeline.
-        views = [torch.from_dlpack(output.as_tensor()).clone() for output in outputs]
+        views = [torch.from_dlpack(crop.as_tensor()).clone() for crop in crops]
+        sizes = np.array(shapes.as_tensor())[:, :2]  # [rows, 2]: height, width
         self._pipeline.release_outputs()
-        return views
+        images = work.plan.image[work.rows]
+        indexed = np.stack((self.stream.index.height[images], self.stream.index.width[images]), axis=1)
+        return views, images[(sizes != indexed).any(axis=1)].tolist()
 
-    def _exclude(self, work: _Work, error: RuntimeError) -> None:
-        """Find the images of a failed batch that DALI cannot do, and feed all that was in flight again."""
+    def _culprits(self, work: _Work, error: RuntimeError) -> list[int]:
+        """The images of a failed batch that DALI cannot do."""
         culprits = []
         for row in work.rows:
             alone = self._build(1, depth=1)
@@ -196,7 +208,11 @@ class _Batches:
                 culprits.append(int(work.plan.image[row]))
         if not culprits:
             raise error  # not an image's fault: out of memory, say
-        self._host_only.update(culprits)
+        return culprits
+
+    def _exclude(self, images: list[int]) -> None:
+        """Leave images to the host, and feed all that was in flight again."""
+        self._host_only.update(images)
         self._pipeline = None  # what was in flight went with it
         again = [self._plan(work.positions) for work in self._fed]
         self._fed.clear()

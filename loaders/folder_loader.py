@@ -20,7 +20,7 @@ from torchvision.transforms.v2 import functional as F
 
 from loaders.contract import HostBatch
 from loaders.contract import Options as BaseOptions
-from loaders.index import BadImage
+from loaders.index import BadImage, DataError
 from loaders.sampler import Plan, Stream, resized_sides
 from loaders.views import View
 
@@ -56,15 +56,45 @@ def open(
         # Workers only read and decode: they start by fork, so that the index is shared and not copied.
         multiprocessing_context="fork" if workers else None,
     )
-    return iter(loader)
+    return _Batches(loader)
+
+
+class _Batches:
+    """The iterator of a DataLoader whose workers end for certain, and whose errors are one line."""
+
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        self._iterator: Any = iter(loader)
+
+    def __iter__(self) -> Iterator[HostBatch]:
+        return self
+
+    def __next__(self) -> HostBatch:
+        batch = next(self._iterator)
+        if isinstance(batch, DataError):
+            raise batch
+        return batch
+
+    def close(self) -> None:
+        """End the workers. They ignore SIGTERM, so Python's own way of ending them at exit would wait for ever."""
+        workers = getattr(self._iterator, "_workers", [])
+        if workers:
+            self._iterator._shutdown_workers()
+        for worker in workers:
+            if worker.is_alive():
+                worker.kill()
+                worker.join()
+        self._iterator = iter(())
 
 
 class _Positions(Dataset[Any]):
     def __init__(self, stream: Stream, replace: bool) -> None:
         self.stream, self.replace = stream, replace
 
-    def __getitems__(self, positions: list[int]) -> HostBatch:
-        return load_batch(self.stream, positions, replace=self.replace)
+    def __getitems__(self, positions: list[int]) -> HostBatch | DataError:
+        try:
+            return load_batch(self.stream, positions, replace=self.replace)
+        except DataError as error:  # raised in the worker it would come out wrapped in a traceback
+            return error
 
 
 def _ignore_signals(worker: int) -> None:
@@ -85,7 +115,7 @@ def load_batch(stream: Stream, positions: Sequence[int], *, replace: bool) -> Ho
             leave it out. Either way it is listed in `HostBatch.bad`.
 
     Raises:
-        BadImage: `MAX_SUCCESSORS` images in a row cannot be decoded.
+        DataError: `MAX_SUCCESSORS` images in a row cannot be decoded.
     """
     plan = stream.plan(positions)
     rows: list[Row] = []
@@ -126,7 +156,7 @@ def load_row(
             continue
         crops = [cut(pixels, window, view) for window, view in zip(plan.windows[row], stream.views, strict=True)]
         return image, plan.color[row], crops
-    raise BadImage(f"{MAX_SUCCESSORS} images in a row cannot be decoded, the last is {bad[-1][0]}: {bad[-1][1]}")
+    raise DataError(f"{MAX_SUCCESSORS} images in a row cannot be decoded, the last is {bad[-1][0]}: {bad[-1][1]}")
 
 
 def cut(pixels: Tensor, window: NDArray[np.float64], view: View) -> Tensor:

@@ -50,7 +50,7 @@ class View(BaseModel):
     grayscale, blur and solarisation, each with its probability; then normalisation.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     size: int = Field(ge=1, le=4096)
     """Side of the square output in pixels."""

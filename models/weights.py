@@ -80,7 +80,18 @@ def read_file(path: Path) -> Any:
 
 
 def split(content: Any, path: Path) -> dict[str, State]:
-    """Sort the tensors of a loaded file into parts under our own key names."""
+    """Sort the tensors of a loaded file into parts under our own key names.
+
+    Raises:
+        WeightsError: an unknown layout, or a known one with keys missing.
+    """
+    try:
+        return _split(content, path)
+    except (KeyError, RuntimeError, TypeError, IndexError) as error:
+        raise WeightsError(f"{path}: incomplete or damaged, at {error}") from error
+
+
+def _split(content: Any, path: Path) -> dict[str, State]:
     if isinstance(content, Mapping) and "method" in content and "format" in content:
         return _by_first_name(content["method"])
     if isinstance(content, Mapping) and isinstance(content.get("backbone"), Mapping):
@@ -93,6 +104,10 @@ def split(content: Any, path: Path) -> dict[str, State]:
         raise WeightsError(f"{path}: unknown layout, expected one of those listed in models/weights.py")
     state: State = {re.sub(r"^module\.", "", key): value for key, value in content.items()}
     if any(key.startswith("online_net.0.") for key in state):
+        # The release writes the student twice, as `online_net.0` and as `backbone`.
+        for key, value in _strip(state, "backbone.").items():
+            if not torch.equal(value, state[f"online_net.0.{key}"]):
+                raise WeightsError(f"{path}: its two copies of the student differ at {key}")
         return {
             "student": _reactnet(_strip(state, "online_net.0.")),
             "student_head": _strip(state, "online_net.1."),
@@ -155,9 +170,11 @@ def _reactnet(state: Mapping[str, Tensor]) -> State:
         if match := re.fullmatch(r"fc\.0\.(weight|bias)", key):
             renamed[f"fc.{match[1]}"] = value
             continue
+        if key.startswith("fc."):
+            continue  # a classifier or projection on top, not part of the backbone
         match = re.fullmatch(r"feature\.(\d+)\.(\w+)\.(\w+)", key)
         if not match:
-            continue  # a classifier on top, not part of the backbone
+            raise WeightsError(f"unknown key {key} in a ReActNet")
         place, name, leaf = match.groups()
         if place == "0":
             renamed[f"stem.{0 if name == 'conv1' else 1}.{leaf}"] = value
@@ -169,6 +186,6 @@ def _reactnet(state: Mapping[str, Tensor]) -> State:
             side = 3 if name == "binary_3x3" else 1
             value, leaf = value.view(channels, channels, side, side), "weight"
         if name not in _BLOCK_NAMES:
-            raise WeightsError(f"unknown key {key}")
+            raise WeightsError(f"unknown key {key} in a ReActNet")
         renamed[f"blocks.{int(place) - 1}.{_BLOCK_NAMES[name]}.{leaf}"] = value
     return renamed

@@ -252,6 +252,27 @@ def test_reactnet_and_s2bnn_layouts(tmp_path):
         assert all(torch.equal(got[k], expected[k]) for k in got)
 
 
+@pytest.mark.parametrize("hole", ["feature.3.move11.bias", "feature.3.move22.bias"])
+def test_partial_foreign_files_are_refused_in_one_line(tmp_path, hole):
+    state = random_state(scaled(published_reactnet_keys()))
+    del state[hole]
+    with pytest.raises(weights.WeightsError) as caught:
+        weights.load_part(ReActNet(NARROW), weights.split(state, tmp_path)["student"], part="student", path=tmp_path)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(weights.WeightsError, match="incomplete"):
+        weights.split({"backbone": {}, "author": "x"}, tmp_path)
+    extra = random_state(scaled(published_reactnet_keys())) | {"feature.3.extra.deep.weight": torch.zeros(1)}
+    with pytest.raises(weights.WeightsError, match=r"unknown key feature\.3\.extra"):
+        weights.split(extra, tmp_path)
+
+
+def test_a_full_checkpoint_whose_two_students_differ_is_refused(tmp_path):
+    state = random_state(scaled(published_reactnet_keys()))
+    full = {f"online_net.0.{k}": v for k, v in state.items()} | {f"backbone.{k}": v + 1 for k, v in state.items()}
+    with pytest.raises(weights.WeightsError, match="two copies of the student differ"):
+        weights.split({"state_dict": full}, tmp_path)
+
+
 def test_moco_file(tmp_path):
     import torchvision
 

@@ -51,28 +51,69 @@ def slowed(folder, overrides=(), seconds=0.05):
         raise SystemExit(train.EXIT_STOPPED) from None
 
 
-@pytest.mark.slow
-def test_kill_at_random_times_50_rounds(tmp_path):
-    # reliability 1: kill -9, resume, until the run is done; 50 rounds, weights, optimizer and metrics equal to the bit
-    whole = tiny(QUICK, tmp_path / "whole", *SHORT)
+def wait_for_checkpoints(recipe, count):
+    folder = recipe.folder / "checkpoints"
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if folder.exists() and len(list(folder.glob("step-*"))) >= count:
+            return
+        time.sleep(0.005)
+    raise AssertionError("the run does not save")
+
+
+def kill_resume_compare(tmp_path, rounds, overrides=()):
+    """Each round: kill -9 at a random moment after the first checkpoint, resume to the end, compare with a run that
+    was never killed."""
+    whole = tiny(QUICK, tmp_path / "whole", *SHORT, *overrides)
     run(whole)
     rng = random.Random(0)
-    kills = runs = 0
-    while kills < 50:
-        folder = tmp_path / f"run{runs}"
-        runs += 1
-        while True:
-            process = start_process(fit, folder)
-            process.join(rng.uniform(0.2, 1.6) if kills < 50 else 120)
-            if process.exitcode is not None:
-                assert process.exitcode == 0
-                break
-            process.kill()
-            process.join()
-            kills += 1
-        assert_same_run(whole, tiny(QUICK, folder, *SHORT))
-        shutil.rmtree(folder)
-    assert runs > 3
+    for number in range(rounds):
+        again = tiny(QUICK, tmp_path / f"run{number}", *SHORT, *overrides)
+        process = start_process(fit, tmp_path / f"run{number}", overrides)
+        wait_for_checkpoints(again, rng.randint(1, 12))
+        time.sleep(rng.uniform(0, 0.05))
+        process.kill()
+        process.join()
+        fit(tmp_path / f"run{number}", overrides)
+        assert_same_run(whole, again)
+        shutil.rmtree(again.folder)
+
+
+@pytest.mark.slow
+def test_kill_at_random_times_50_rounds(tmp_path):
+    # reliability 1: 50 of 50 equal to the bit
+    kill_resume_compare(tmp_path, 50)
+
+
+@pytest.mark.parametrize("backend", ["folder", "dali"])
+def test_kill_while_images_are_decoded(tmp_path, tree, backend):
+    if backend == "dali":
+        pytest.importorskip("nvidia.dali", reason="nvidia-dali is not installed")
+    files = [f"data.backend={backend}", "data.options={}", f"data.train={tree}", f"data.val={tree}", "data.workers=2"]
+    kill_resume_compare(tmp_path, 3, files)
+
+
+def a_worker_dies(folder, tree):
+    import multiprocessing
+
+    from engine.train import Trainer
+
+    step = Trainer.step
+
+    def murder(self):
+        if self.steps_done == 2:
+            os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+        return step(self)
+
+    Trainer.step = murder
+    fit(folder, ["data.backend=folder", "data.options={}", f"data.train={tree}", f"data.val={tree}", "data.workers=2"])
+
+
+def test_a_killed_worker_ends_the_run_and_leaves_no_process(tmp_path, tree):
+    # reliability 34
+    process = start_process(a_worker_dies, tmp_path, tree)
+    process.join(40)
+    assert process.exitcode == 1
 
 
 def test_kill_one_of_two_ranks(tmp_path):
@@ -143,21 +184,79 @@ def test_signal_to_one_rank_stops_all_at_the_same_step(tmp_path, rank):
         process.join(60)
     assert [process.exitcode for process in ranks] == [train.EXIT_STOPPED] * 2
     assert 3 <= last_state(recipe)["step"] < 16
+    for folder in (tmp_path, tmp_path / "whole"):
+        ranks = [start_process(fit, folder, overrides, **env) for env in rank_environment(2)]
+        for process in ranks:
+            process.join(60)
+    assert_same_run(tiny(QUICK, tmp_path / "whole", *SHORT, *overrides), recipe)
 
 
 def test_torchrun_trains_stops_and_resumes(tmp_path):
     from tests.conftest import tiny_overrides
 
-    overrides = [*tiny_overrides(ROOT / "recipes" / QUICK, tmp_path), *SHORT, "data.micro_batch=4"]
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "tools/train.py",
-        f"recipes/{QUICK}", *overrides, "--resume",
-    ]  # fmt: skip
+    more = [*SHORT, "data.micro_batch=4", "run.duration=120it", "run.save_every=1000it", "evals.0.every=50it"]
+    path = ROOT / "recipes" / QUICK
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "tools/train.py"]
+    command += [str(path), *tiny_overrides(path, tmp_path / "torchrun"), *more, "--resume"]
+    recipe = tiny(QUICK, tmp_path / "torchrun", *more)
+    launcher = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    wait_for_rows(recipe, 3)
+    launcher.terminate()  # it passes the signal on to the ranks
+    launcher.communicate(timeout=60)
+    assert launcher.returncode != 0
+    assert 9 <= last_state(recipe)["step"] < 120
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    recipe = tiny(QUICK, tmp_path, *SHORT, "data.micro_batch=4")
-    assert last_state(recipe)["step"] == 16
-    assert "2 x cpu" in done.stderr
+    assert "2 x cpu" in done.stderr and "resumed" in done.stderr
+    ranks = [start_process(fit, tmp_path / "whole", more, **env) for env in rank_environment(2)]
+    for process in ranks:
+        process.join(120)
+    assert_same_run(tiny(QUICK, tmp_path / "whole", *more), recipe)
+
+
+def only_rank_0_has_data(folder, tree):
+    from engine.recipe import RecipeError
+
+    mine = tree if os.environ["RANK"] == "0" else folder / "nowhere"
+    files = ["data.backend=folder", "data.options={}", f"data.train={mine}", f"data.val={mine}", "data.micro_batch=4"]
+    os.environ["LOCAL_RANK"] = "0"  # each on a machine of its own
+    try:
+        fit(folder, files)
+    except (RecipeError, train.DataError) as error:
+        (folder.parent / f"error{os.environ['RANK']}").write_text(str(error))
+        raise SystemExit(2) from None
+
+
+def test_trouble_on_one_rank_stops_all_with_its_reason(tmp_path, tree):
+    ranks = [start_process(only_rank_0_has_data, tmp_path / "runs", tree, **env) for env in rank_environment(2)]
+    for process in ranks:
+        process.join(60)
+    assert [process.exitcode for process in ranks] == [2, 2]
+    assert (tmp_path / "error0").read_text().startswith("rank 1: ")
+    assert all("nowhere: no such folder" in (tmp_path / f"error{rank}").read_text() for rank in (0, 1))
+
+
+def resumes_apart(folder):
+    """Rank 1 sees another run folder than rank 0, as on a disk of its own."""
+    from engine.recipe import RecipeError
+
+    mine = folder if os.environ["RANK"] == "0" else folder / "elsewhere"
+    try:
+        fit(mine, ["data.micro_batch=4", "run.duration=18it"])
+    except (RecipeError, CheckpointError) as error:
+        print(error)
+        raise SystemExit(2) from None
+
+
+def test_ranks_never_start_from_different_steps(tmp_path):
+    ranks = [start_process(fit, tmp_path, ["data.micro_batch=4"], **env) for env in rank_environment(2)]
+    for process in ranks:
+        process.join(60)
+    assert last_state(tiny(QUICK, tmp_path, *SHORT))["step"] == 16
+    ranks = [start_process(resumes_apart, tmp_path, **env) for env in rank_environment(2)]
+    for process in ranks:
+        process.join(60)
+    assert [process.exitcode for process in ranks] == [2, 2]
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints

@@ -22,6 +22,7 @@ from tests.conftest import (
     rows,
     run,
     run_ranks,
+    start_process,
     tiny,
 )
 
@@ -364,10 +365,9 @@ def evaluated(folder):
     dist.stop()
 
 
-def test_evaluation_is_the_same_on_three_ranks(tmp_path):
+def test_evaluation_is_the_same_on_two_ranks(tmp_path):
     evaluated(tmp_path)
-    recipe_batch = run_ranks(2, evaluated, tmp_path)
-    assert recipe_batch == [0, 0]
+    assert run_ranks(2, evaluated, tmp_path) == [0, 0]
     one, two = (json.loads((tmp_path / f"{n}.json").read_text()) for n in (1, 2))
     assert one == two and one["measured"] == 13
 
@@ -479,7 +479,7 @@ def test_a_network_that_went_bad_is_not_saved(tmp_path, monkeypatch):
             self.teacher.blocks[0].norm1.running_mean[0] = float("nan")
 
     monkeypatch.setattr(burn.Method, "after_step", spoil)
-    with pytest.raises(checkpoint.CheckpointError, match="not finite: teacher"):
+    with pytest.raises(NotFinite, match="step 4 is not saved, not finite: teacher"):
         run(recipe)
     assert last_state(recipe)["step"] == 3
 
@@ -600,13 +600,64 @@ def test_resume_refuses_what_would_change_the_numbers(tmp_path):
     assert trainer_of(free, resume=True).steps_done == 6
 
 
-def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
-    recipe = tiny("quick/burn_stage1.yaml", tmp_path)
-    first, second = trainer_of(recipe), trainer_of(recipe)
-    first._open_folder()
+def opens_the_folder(folder):
     with pytest.raises(RecipeError, match="another process is running here"):
-        second._open_folder()
+        trainer_of(tiny("quick/burn_stage1.yaml", folder))._open_folder()
+
+
+def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
+    first = trainer_of(tiny("quick/burn_stage1.yaml", tmp_path))
+    first._open_folder()
+    process = start_process(opens_the_folder, tmp_path)
+    process.join(60)
+    assert process.exitcode == 0
     first.close()
+
+
+def test_the_guard_is_for_the_first_step_of_a_run(tmp_path, monkeypatch):
+    # A run whose targets have become constant trains on; stopped and resumed it must do the same.
+    recipe = tiny("burn_stage1.yaml", tmp_path, "run.duration=4it")
+    run(recipe)
+    from models.methods import burn
+
+    honest = burn.burn_loss
+    monkeypatch.setattr(
+        burn, "burn_loss", lambda outputs, targets, *rest: honest(outputs, [t * 0 for t in targets], *rest)
+    )
+    longer = tiny("burn_stage1.yaml", tmp_path, "run.duration=6it")
+    assert run(longer, resume=True, allow_changes=True)["step"] == 6
+
+
+def test_a_frozen_part_that_nothing_loads_is_named(tmp_path, caplog):
+    trainer_of(tiny("burn_stage1.yaml", tmp_path))
+    assert "teacher is frozen and random: no entry of init loads it" in caplog.text
+
+
+def test_init_from_a_damaged_or_unfinished_run(tmp_path, caplog):
+    caplog.set_level("INFO", "burn")
+    stage1 = tiny("burn_stage1.yaml", tmp_path)
+    run(stage1)
+    paths = sorted((stage1.folder / "checkpoints").iterdir())
+    init = "init=[{from: %s, load: [student, student_head, teacher_head]}]"
+    trainer_of(tiny("burn_stage2.yaml", tmp_path, init % paths[0]))
+    assert "of an unfinished run, step 2 of 6" in caplog.text
+    assert f"student starts from student of {paths[0]}" in caplog.text
+    content = bytearray(paths[-1].read_bytes())
+    content[len(content) // 2] ^= 1
+    paths[-1].write_bytes(content)
+    with pytest.raises(checkpoint.CheckpointError, match="damaged, its content does not match"):
+        trainer_of(tiny("burn_stage2.yaml", tmp_path, init % paths[-1]))
+
+
+def test_resume_does_not_need_the_source_of_init_any_more(tmp_path):
+    from engine.describe import missing
+
+    stage1 = tiny("burn_stage1.yaml", tmp_path)
+    run(stage1)
+    stage2 = tiny("burn_stage2.yaml", tmp_path, f"init=[{{from: {stage1.folder}, load: [student]}}]")
+    run(stage2)
+    shutil.rmtree(stage1.folder)
+    assert missing(stage2) and not missing(stage2, resumes=True)
 
 
 def test_data_that_does_not_fit_the_recipe(tmp_path, tree):

@@ -3,8 +3,9 @@
     python tools/train.py recipes/quick/burn_stage1.yaml
     torchrun --nproc_per_node=8 tools/train.py recipes/burn_stage2.yaml run.amp=bf16 --resume
 
-Exit codes: 0 done; 2 bad input, nothing was written; 3 loss or gradients not finite; 4 a parameter is not trained
-as declared; 75 stopped by SIGTERM, SIGINT or SIGUSR1 and saved, go on with --resume; 1 anything else.
+Exit codes: 0 done; 2 bad input (found at the start: nothing was written); 3 loss or gradients not finite;
+4 a parameter is not trained as declared; 5 the last checkpoint could not be written; 75 stopped by SIGTERM, SIGINT
+or SIGUSR1 and saved, go on with --resume; 1 anything else.
 """
 
 import argparse
@@ -40,7 +41,7 @@ def main() -> int:
         if arguments.dry_run:
             print(describe(recipe))
             return 0
-        if problems := missing(recipe):
+        if problems := missing(recipe, resumes=arguments.resume):
             raise RecipeError(f"{arguments.recipe}: {'; '.join(problems)}")
         train.run(recipe, resume=arguments.resume, allow_changes=arguments.allow_changes)
     except (RecipeError, DataError, CheckpointError, WeightsError) as error:
@@ -49,6 +50,8 @@ def main() -> int:
         return _fail(error, train.EXIT_NOT_FINITE)
     except train.Untrained as error:
         return _fail(error, train.EXIT_UNTRAINED)
+    except train.NotSaved as error:
+        return _fail(error, train.EXIT_NOT_SAVED)
     except train.Stopped as error:
         return _fail(error, train.EXIT_STOPPED)
     return 0

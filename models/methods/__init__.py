@@ -13,7 +13,7 @@ from torch import Tensor, nn
 class MethodConfig(BaseModel):
     """Base of every method's `Config`: immutable, unknown keys refused, no silent type conversion."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
     name: str
 
 
