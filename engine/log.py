@@ -55,7 +55,7 @@ def environment() -> dict[str, Any]:
 def versions() -> dict[str, str]:
     """Of the packages that numbers and pixels depend on."""
     packages = ("torchvision", "numpy", "pillow", "nvidia-dali-cuda120", "nvidia-dali-cuda130")
-    found = {"torch": torch.__version__}
+    found: dict[str, str] = {"torch": str(torch.__version__)}
     for package in packages:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)

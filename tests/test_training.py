@@ -688,5 +688,5 @@ def test_metrics_rows_are_complete(tmp_path):
     assert [line["step"] for line in knn] == [3, 6] and all(line["online"] for line in knn)
     assert recipes.load(recipe.folder / "recipe.yaml").hash == recipe.hash
     environment = json.loads((recipe.folder / "environment.json").read_text())
-    assert environment["versions"]["torch"] == torch.__version__
+    assert environment["versions"]["torch"] == str(torch.__version__)
     assert list((recipe.folder / "tensorboard").iterdir())
