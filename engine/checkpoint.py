@@ -80,7 +80,9 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
         aside.unlink(missing_ok=True)
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
         raise CheckpointError(f"{folder}: step {step} cannot be saved: {reason}") from error
-    for old in list(_newest_first(folder))[keep:]:
+    others = [old for old in _newest_first(folder) if old != path]
+    damaged = [old for old in others if old.name.startswith(f"step-{step:09d}-")]  # the run has passed here before
+    for old in [*damaged, *[old for old in others if old not in damaged][keep - 1 :]]:
         old.unlink()
     return path
 
