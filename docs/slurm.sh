@@ -11,6 +11,8 @@
 #SBATCH --open-mode=append
 #SBATCH --requeue
 set -u
+newest() { find runs -name 'step-*.pt' -printf '%T@ %p\n' 2>/dev/null | sort -n | tail -n 1; }
+before=$(newest)
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 # USR1 goes to the launchers' Python processes; each rank finishes its step and all save the same one.
 srun --kill-on-bad-exit=0 bash -c "
@@ -22,5 +24,8 @@ srun --kill-on-bad-exit=0 bash -c "
     while kill -0 \$launcher 2>/dev/null; do wait \$launcher; code=\$?; done
     exit \$code"
 code=$?
-[ $code -ne 0 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 30 ] && scontrol requeue "$SLURM_JOB_ID"
+# torchrun turns every exit code into 1; what was stopped and not broken has left a new checkpoint behind.
+if [ $code -ne 0 ] && [ "$(newest)" != "$before" ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 30 ]; then
+    scontrol requeue "$SLURM_JOB_ID"
+fi
 exit $code
