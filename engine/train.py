@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import inspect
 import json
 import signal
 import time
@@ -106,12 +107,12 @@ class Trainer:
         self.model: torch.nn.Module = self.method
         if world.world_size > 1:
             # Statistics of BatchNorm stay per rank, as in the reference; evaluations use rank 0's.
-            self.model = DistributedDataParallel(
-                self.method,
-                device_ids=[world.device] if world.device.type == "cuda" else None,
-                broadcast_buffers=False,
-                gradient_as_bucket_view=True,
-            )
+            # The key that says so has a new name since PyTorch 2.15.
+            names = inspect.signature(DistributedDataParallel).parameters
+            buffers = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
+            options: dict[str, Any] = {buffers: False, "gradient_as_bucket_view": True}
+            device_ids = [world.device] if world.device.type == "cuda" else None
+            self.model = DistributedDataParallel(self.method, device_ids=device_ids, **options)
         self.method.train()
         self.trained = [p for p in self.method.parameters() if p.requires_grad]
         self.values = {name: torch.zeros((), device=world.device) for name in self.method.schedules}
@@ -344,7 +345,7 @@ class Trainer:
         for name, part in self.method.named_children():
             frozen = not any(parameter.requires_grad for parameter in part.parameters())
             follows = any(prefix.startswith(name) for prefix in self.method.moved_after_step)
-            if frozen and not follows and name not in given:
+            if frozen and not follows and name not in given and self.world.is_main:
                 logger.warning(f"{name} is frozen and random: no entry of init loads it")
 
     def _restore(self, path: Path, allow_changes: bool) -> None:
