@@ -376,8 +376,11 @@ class Trainer:
         if not self.world.is_main:
             return
         folder = self.recipe.folder
-        folder.mkdir(parents=True, exist_ok=True)
-        self._lock = open(folder / ".lock", "w")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock = open(folder / ".lock", "w")
+        except OSError as error:
+            raise RecipeError(f"run.folder: {folder} cannot be made or written: {error.strerror}") from None
         try:
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, workers do not inherit it
         except OSError:

@@ -600,6 +600,12 @@ def test_resume_refuses_what_would_change_the_numbers(tmp_path):
     assert trainer_of(free, resume=True).steps_done == 6
 
 
+def test_a_run_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RecipeError, match="run.folder: .* cannot be made or written: Not a directory"):
+        run(tiny("quick/burn_stage1.yaml", tmp_path / "file"))
+
+
 def opens_the_folder(folder):
     with pytest.raises(RecipeError, match="another process is running here"):
         trainer_of(tiny("quick/burn_stage1.yaml", folder))._open_folder()
