@@ -16,7 +16,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-$(VENV)/.demo $(VENV)/.dev: setup.cfg pyproject.toml
+$(VENV)/.demo $(VENV)/.dev: setup.cfg setup.py pyproject.toml loaders/turbo.c
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --editable ".[$(subst .,,$(suffix $@))]"
 	touch $@

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import torch
@@ -23,15 +22,12 @@ def missing(recipe: Recipe, *, resumes: bool = False) -> list[str]:
     """
     problems = []
     data = recipe.data
-    if data.backend == "dali" and not _has_dali():
-        problems.append(
-            "data.backend: dali is not installed; run `pip install nvidia-dali-cuda120` "
-            "(nvidia-dali-cuda130 for CUDA 13), or set data.backend=folder"
-        )
+    if lacks := loaders.load(data.backend).missing():
+        problems.append(lacks)
     if data.backend != "synthetic":
         for split in ("train", *(["val"] if recipe.evals else [])):
             root = getattr(data, split)
-            if root is None or not Path(root).is_dir():
+            if root is None or not loaders.is_there(Path(root)):
                 problems.append(
                     f"data.{split}: no folder {root}; expected one folder of images per class, "
                     f"set data.{split}=/path/to/{split}"
@@ -43,13 +39,6 @@ def missing(recipe: Recipe, *, resumes: bool = False) -> list[str]:
         except checkpoint.CheckpointError as error:
             problems.append(f"init.{number}.from: {str(error).removeprefix('init.from: ')}")
     return problems
-
-
-def _has_dali() -> bool:
-    try:
-        return importlib.util.find_spec("nvidia.dali") is not None
-    except ModuleNotFoundError:  # no package of that vendor at all
-        return False
 
 
 def describe(recipe: Recipe) -> str:

@@ -437,10 +437,11 @@ def _open_indices(recipe: Recipe, world: World) -> dict[str, Index]:
 def _check_data(recipe: Recipe, indices: dict[str, Index]) -> None:
     train = indices["train"]
     expected = recipe.data.expect_images
-    if expected is not None and len(train) != expected:
+    count = len(train) + train.quarantined
+    if expected is not None and count != expected:
         raise DataError(
-            f"{train.root}: {len(train)} images, the recipe expects {expected}; complete the data set, or set "
-            f"data.expect_images={len(train)}"
+            f"{train.root}: {count} images, the recipe expects {expected}; complete the data set, or set "
+            f"data.expect_images={count}"
         )
     if "val" in indices and indices["val"].classes != train.classes:
         raise DataError(f"{indices['val'].root}: its classes differ from those of {train.root}")

@@ -14,14 +14,14 @@ from types import ModuleType
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch import Tensor
 
-from loaders.augment import augment_batch
+from loaders.augment import augmenter
 from loaders.contract import HostBatch, Options
-from loaders.index import DataError, Index, SyntheticIndex, open_index
+from loaders.index import DataError, Index, SyntheticIndex, is_there, open_index
 from loaders.sampler import EvalPositions, Stream, TrainPositions
-from loaders.views import View
+from loaders.views import View, groups
 
 SUFFIX = "_loader"
 
@@ -53,11 +53,13 @@ class DataConfig(BaseModel):
 
     backend: str
     train: str | None = None
-    """Folder with one folder of training images per class."""
+    """Training images: a folder with one folder per class, a list file (`<image> <class>` on each line), tar shards
+    (a folder of them, or a pattern such as `shards/*.tar`), or a `.beton` file."""
     val: str | None = None
     """The same for validation."""
     expect_images: int | None = Field(default=None, ge=1)
-    """Number of training images the recipe was written for: a data set of another size is refused."""
+    """Number of training images the recipe was written for, those in quarantine included: a data set of another
+    size is refused."""
     batch_size: int = Field(ge=1)
     """Images per optimizer step, over all ranks and accumulation steps."""
     micro_batch: int = Field(ge=1)
@@ -71,11 +73,28 @@ class DataConfig(BaseModel):
     on_bad_image: Literal["stop", "replace"] = "stop"
     """A training image that cannot be decoded ends the run, or gives way to its successor in the order.
     Evaluations leave such images out and say how many they measured."""
+    quarantine: str | None = None
+    """List of images to leave out, of training and validation alike, as `tools/scan_images.py` writes it."""
     max_pixels: int = Field(default=100_000_000, ge=1)
     """An image with more pixels counts as one that cannot be decoded."""
     workers: int | None = Field(default=None, ge=0)
     """Decoding threads or processes per rank; by default the machine's cores divided by its ranks."""
     options: Options
+
+    @field_validator("views", mode="before")
+    @classmethod
+    def _repeat(cls, value: Any) -> Any:
+        # `{preset: swav_small, repeat: 6}` stands for six views.
+        if not isinstance(value, list | tuple):
+            return value
+        views: list[Any] = []
+        for number, view in enumerate(value):
+            times = view.get("repeat", 1) if isinstance(view, dict) else 1
+            if type(times) is not int or not 1 <= times <= 64:
+                raise ValueError(f"{number}.repeat: expected a whole number from 1 to 64, got {times!r}")
+            content = {k: v for k, v in view.items() if k != "repeat"} if isinstance(view, dict) else view
+            views += [content] * times
+        return tuple(views)
 
     @model_validator(mode="after")
     def _consistent(self) -> DataConfig:
@@ -89,7 +108,8 @@ class DataConfig(BaseModel):
 class Batch(NamedTuple):
     """One micro-batch, ready for the network."""
 
-    views: list[Tensor]  # V x float32 [B, 3, size, size], normalised, channels_last, on the device
+    views: list[Tensor]  # V x float32 [B, 3, size, size], normalised, channels_last, on the device; neighbouring
+    # views of one size lie behind each other in memory
     label: Tensor  # int64 [B], on the device
     rows: Tensor  # int64 [B], rows of the index, on the host
 
@@ -113,6 +133,8 @@ class Loader:
         self._batches, self.views, self.device, self._stops = batches, views, device, stops
         self._mean = torch.tensor(config.mean, device=device, dtype=torch.float32)
         self._std = torch.tensor(config.std, device=device, dtype=torch.float32)
+        self._groups = groups(views)
+        self._augment = augmenter(device)
         self.bad: dict[str, str] = {}
 
     def __iter__(self) -> Iterator[Batch]:
@@ -128,17 +150,13 @@ class Loader:
                 )
             self.bad.update(batch.bad)
         color = self._to_device(batch.color)
-        views = [
-            augment_batch(
-                self._to_device(images),
-                color[:, number],
-                view,
-                self._mean,
-                self._std,
-                select=self.device.type == "cpu",
-            )
-            for number, (images, view) in enumerate(zip(batch.views, self.views, strict=True))
-        ]
+        views: list[Tensor] = []
+        for group, crops in zip(self._groups, batch.crops, strict=True):
+            # The views of one size are one batch of k·B images, with one call of every operator.
+            images = self._to_device(crops).flatten(0, 1)
+            drawn = color[:, group].transpose(0, 1).flatten(0, 1)
+            of_group = [self.views[number] for number in group]
+            views += self._augment(images, drawn, of_group, self._mean, self._std).chunk(len(group))
         return Batch(views, self._to_device(batch.label), batch.rows)
 
     def _to_device(self, tensor: Tensor) -> Tensor:
@@ -167,7 +185,8 @@ def open_data(config: DataConfig, split: Literal["train", "val"]) -> Index:
     root = getattr(config, split)
     if root is None:
         raise DataError(f"data.{split}: not set; expected a folder with one folder of images per class")
-    index = open_index(Path(root), max_pixels=config.max_pixels)
+    quarantine = Path(config.quarantine) if config.quarantine else None
+    index = open_index(Path(root), max_pixels=config.max_pixels, quarantine=quarantine)
     if split == "train" and len(index) < config.batch_size:
         raise DataError(
             f"{root}: {len(index)} images are fewer than data.batch_size {config.batch_size}; "

@@ -1,8 +1,9 @@
 """Colour augmentation of a batch: the one implementation, for every back end and device.
 
 Operators are torchvision's on float images (`torchvision.transforms.functional`), batched, each image with its
-own parameters and its own order of the jitter. On a GPU every operator runs on the whole batch without a branch,
-identities included; on a CPU only on the images that drew it, which is cheaper there.
+own parameters and its own order of the jitter. On a GPU the whole batch goes through a frame without a branch,
+identities included, which torch.compile fuses into a few passes; on a CPU each image goes alone, so that it stays in
+the cache, and only through what it drew.
 """
 
 from __future__ import annotations
@@ -10,28 +11,26 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from loaders.sampler import (
-    BRIGHTNESS,
-    CONTRAST,
-    FLIP,
-    GRAY,
-    HUE,
-    ORDER,
-    SATURATION,
-    SIGMA,
-    SOLARIZE,
-)
+from loaders.sampler import BRIGHTNESS, CONTRAST, GRAY, HUE, ORDER, SATURATION, SIGMA, SOLARIZE
 from loaders.views import View
 
 _GRAY_WEIGHTS = (0.2989, 0.587, 0.114)  # ITU-R 601-2 luma, as torchvision rounds it
 _HUE_OPERATION = 3
+_NO_WEIGHT = 6.5  # beyond so many standard deviations a Gaussian's weight is below float32's rounding
 ORDERS = list(itertools.permutations(range(4)))  # of 0 brightness, 1 contrast, 2 saturation, 3 hue
+
+
+def augmenter(device: torch.device) -> Callable[..., Tensor]:
+    """The form of `augment_batch` for a device: compiled on a GPU, image by image on a CPU."""
+    if device.type == "cpu":
+        return functools.partial(augment_batch, alone=True)
+    return functools.partial(augment_batch, together=torch.compile(_together, fullgraph=True, dynamic=False))
 
 
 @functools.cache
@@ -42,47 +41,96 @@ def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
     return torch.tensor(others, device=device), torch.tensor(before, device=device)
 
 
-def augment_batch(images: Tensor, color: Tensor, view: View, mean: Tensor, std: Tensor, *, select: bool) -> Tensor:
-    """Flip, jitter, grayscale, blur, solarise and normalise a batch.
+def augment_batch(
+    images: Tensor,
+    color: Tensor,
+    views: Sequence[View],
+    mean: Tensor,
+    std: Tensor,
+    *,
+    alone: bool = False,
+    together: Callable[..., Tensor] | None = None,
+) -> Tensor:
+    """Jitter, grayscale, blur, solarise and normalise a batch.
 
     Args:
         images: uint8 [B, H, W, 3].
         color: float32 [B, NUM_COLOR] from the sampler, on the same device.
-        view: bounds the blur's kernel and gives the solarisation threshold.
+        views: those that the images belong to: what none of them does is left out, and they bound the blur's kernel.
         mean, std: [3], on the same device, for images in [0, 1].
-        select: run each operator on the images that drew it only, which waits for the device: for CPUs.
+        alone: image by image, through what it drew only; it reads `color` on the host: for CPUs.
+        together: compiled form of what runs on the whole batch.
 
     Returns:
         float32 [B, 3, H, W], channels_last.
     """
-    x = images.permute(0, 3, 1, 2).float().div_(255)  # channels_last by its strides
+    radius = math.ceil(3 * max(view.blur_sigma[1] for view in views)) if any(view.blur for view in views) else 0
+    if not alone:
+        jitter = jitter_slots(color) if any(view.jitter for view in views) else None
+        gray, solarize = any(view.gray for view in views), any(view.solarize for view in views)
+        return (together or _together)(images, color, jitter, gray, radius, solarize, mean, std)
+    x = _to_float(images)
+    for image, drawn in zip(x, color.tolist(), strict=True):
+        _augment_one(image, drawn, radius)
+    return _normalise(x, mean, std)
 
-    def apply(operator: Callable[..., Tensor], chosen: Tensor, *parameters: Tensor) -> None:
-        nonlocal x
-        if not select:
-            x = operator(x, *parameters)
-        elif chosen.any():
-            rows = chosen.nonzero().flatten()
-            x[rows] = operator(x[rows], *(parameter[rows] for parameter in parameters))
 
-    flips = color[:, FLIP] > 0
-    apply(_flip, flips, flips)
-    if view.jitter:
-        slots, hue = jitter_slots(color)
-        jittered = (slots[:, :, 0] != 1).any(dim=1) | (hue != 0)
-        apply(_jitter, jittered, slots, hue)
-    if view.gray:
-        apply(_to_gray, color[:, GRAY] > 0, color[:, GRAY])
-    if view.blur:
-        radius = math.ceil(3 * view.blur_sigma[1])
-        apply(lambda y, sigma: _blur(y, sigma, radius), color[:, SIGMA] > 0, color[:, SIGMA])
-    if view.solarize:
-        apply(
-            lambda y, on: torch.where((on[:, None, None, None] > 0) & (y >= view.solarize_threshold), 1 - y, y),
-            color[:, SOLARIZE] > 0,
-            color[:, SOLARIZE],
-        )
+def _to_float(images: Tensor) -> Tensor:
+    return images.permute(0, 3, 1, 2).float().div_(255)  # channels_last by its strides
+
+
+def _normalise(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return x.sub_(mean[:, None, None]).div_(std[:, None, None])
+
+
+def _together(
+    images: Tensor,
+    color: Tensor,
+    jitter: tuple[Tensor, Tensor] | None,
+    gray: bool,
+    radius: int,
+    solarize: bool,
+    mean: Tensor,
+    std: Tensor,
+) -> Tensor:
+    x = _to_float(images)
+    if jitter:
+        x = _jitter(x, *jitter)
+    if gray:
+        x = torch.where(color[:, GRAY, None, None, None] > 0, _gray(x), x)
+    if radius:
+        x = _blur(x, color[:, SIGMA], radius)
+    if solarize:
+        x = torch.where(x >= color[:, SOLARIZE, None, None, None], 1 - x, x)
+    return _normalise(x, mean, std)
+
+
+def _augment_one(image: Tensor, drawn: list[float], radius: int) -> None:
+    """Change one float image [3, H, W] in place."""
+    brightness, contrast, saturation = drawn[BRIGHTNESS : SATURATION + 1]
+    hue, sigma = drawn[HUE], drawn[SIGMA]
+    jitters = (brightness, contrast, saturation, hue) != (1, 1, 1, 0)
+    if not (jitters or drawn[GRAY] or sigma or drawn[SOLARIZE] <= 1):
+        return
+    x = image.contiguous()  # channel by channel
+    for operation in ORDERS[int(drawn[ORDER])] if jitters else ():
+        if operation == 0 and brightness != 1:
+            x.mul_(brightness).clamp_(0, 1)
+        elif operation == 1 and contrast != 1:
+            x.lerp_(_gray(x[None]).mean(), 1 - contrast).clamp_(0, 1)
+        elif operation == 2 and saturation != 1:
+            gray = _gray(x[None])[0]
+            x.mul_(saturation).add_(gray, alpha=1 - saturation).clamp_(0, 1)
+        elif operation == _HUE_OPERATION and hue:
+            x = _shift_hue(x[None], torch.tensor([hue]))[0]
+    if drawn[GRAY]:
+        x = _gray(x[None])[0].expand_as(x)
+    if sigma:
+        reach = min(radius, math.ceil(_NO_WEIGHT * sigma))
+        x = _blur(x[None], torch.tensor([sigma]), reach)[0]
+    if drawn[SOLARIZE] <= 1:
+        x = torch.where(x >= drawn[SOLARIZE], 1 - x, x)
+    image.copy_(x)
 
 
 def jitter_slots(color: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,29 +154,32 @@ def jitter_slots(color: Tensor) -> tuple[Tensor, Tensor]:
     return slots, color[:, HUE]
 
 
-def _flip(x: Tensor, on: Tensor) -> Tensor:
-    return torch.where(on[:, None, None, None], x.flip(3), x)
-
-
 def _gray(x: Tensor) -> Tensor:
     red, green, blue = _GRAY_WEIGHTS
     return red * x[:, 0:1] + green * x[:, 1:2] + blue * x[:, 2:3]
 
 
 def _jitter(x: Tensor, slots: Tensor, hue: Tensor) -> Tensor:
-    for place in range(3):
-        x = _blend(x, slots[:, place])
-    x = _shift_hue(x, hue)
-    for place in range(3, 6):
-        x = _blend(x, slots[:, place])
+    # The mean that contrast pivots on is that of the image as it is when contrast comes: all that stands before it is
+    # done once for the mean and again for the result, two fused passes where a mean at each place would be six.
+    place = slots[:, :, 1].argmax(dim=1)  # [B], of contrast; 0 where it was not drawn, and its mean goes nowhere
+    comes_before = torch.arange(6, device=x.device) < place[:, None]  # [B, 6]
+    identity = torch.zeros_like(slots)
+    identity[:, :, 0] = 1
+    before = torch.where(comes_before[:, :, None], slots, identity)
+    nothing = torch.zeros_like(hue)
+    mean = _gray(_frame(x, before, torch.where(place >= 3, hue, nothing), nothing)).mean(dim=(1, 2, 3))  # [B]
+    return _frame(x, slots, hue, mean)
+
+
+def _frame(x: Tensor, slots: Tensor, hue: Tensor, mean: Tensor) -> Tensor:
+    for place in range(6):
+        if place == 3:
+            x = _shift_hue(x, hue)
+        factor, of_mean, of_gray = (slots[:, place, i, None, None, None] for i in range(3))
+        other = of_mean * mean[:, None, None, None] + of_gray * _gray(x)
+        x = (factor * x + (1 - factor) * other).clamp(0, 1)
     return x
-
-
-def _blend(x: Tensor, slot: Tensor) -> Tensor:
-    factor, of_mean, of_gray = (slot[:, i, None, None, None] for i in range(3))
-    gray = _gray(x)
-    other = of_mean * gray.mean(dim=(2, 3), keepdim=True) + of_gray * gray
-    return (factor * x + (1 - factor) * other).clamp(0, 1)
 
 
 def _shift_hue(x: Tensor, shift: Tensor) -> Tensor:
@@ -148,10 +199,6 @@ def _shift_hue(x: Tensor, shift: Tensor) -> Tensor:
         return value - value * saturation * torch.minimum(k, 4 - k).clamp(0, 1)
 
     return torch.where((shift == 0)[:, None, None, None], x, torch.stack([channel(n) for n in (5.0, 3.0, 1.0)], 1))
-
-
-def _to_gray(x: Tensor, on: Tensor) -> Tensor:
-    return torch.where(on[:, None, None, None] > 0, _gray(x), x)
 
 
 def _blur(x: Tensor, sigma: Tensor, radius: int) -> Tensor:

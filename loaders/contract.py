@@ -4,14 +4,15 @@ A back end is a file `loaders/<name>_loader.py` with `class Options(contract.Opt
 
     def open(stream, positions, *, replace, workers, device, options) -> Iterator[HostBatch]
 
-which yields one `HostBatch` for each list of positions that `positions` gives, in that order. It draws nothing:
-which image, which window and which colours come from `stream.plan(positions)`. Crops come back as uint8, without
-flip or colour. An image that cannot be decoded gives way to its successor in the stream (`replace`), or is left
+which yields one `HostBatch` for each list of positions that `positions` gives, in that order, and `missing() -> str`,
+which says what this machine lacks for it. It draws nothing: which image, which window, which flip and which colours
+come from `stream.plan(positions)`. Crops come back as uint8, flipped where that was drawn, without colour. An image that cannot be decoded gives way to its successor in the stream (`replace`), or is left
 out, and is listed. Closing the iterator (if it has a `close`) frees threads, processes and memory.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +22,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from loaders.sampler import NUM_COLOR, Stream
+from loaders.views import View, groups
 
 
 class Options(BaseModel):
@@ -32,7 +34,7 @@ class Options(BaseModel):
 class HostBatch(NamedTuple):
     """One micro-batch as a back end hands it over; tensors on the host unless the back end decodes on a GPU."""
 
-    views: list[Tensor]  # V x uint8 [B, size, size, 3]
+    crops: list[Tensor]  # G x uint8 [k, B, size, size, 3]: views of one size together, see `views.groups`
     color: Tensor  # float32 [B, V, NUM_COLOR]
     label: Tensor  # int64 [B]
     rows: Tensor  # int64 [B], rows of the index
@@ -44,14 +46,22 @@ class HostBatch(NamedTuple):
         stream: Stream,
         image: NDArray[np.int64],
         color: NDArray[np.float32],
-        views: list[Tensor],
+        crops: list[Tensor],
         bad: list[tuple[str, str]],
     ) -> HostBatch:
         """Build from rows of the index."""
         return cls(
-            views=views,
+            crops=crops,
             color=torch.from_numpy(color.reshape(len(image), len(stream.views), NUM_COLOR)),
             label=torch.from_numpy(stream.index.label[image]),
             rows=torch.from_numpy(image),
             bad=bad,
         )
+
+
+def make_crops(views: Sequence[View], count: int, *, pinned: bool = False) -> list[Tensor]:
+    """Room for the crops of `count` images: G x uint8 [k, count, size, size, 3], not initialised."""
+    return [
+        torch.empty((len(group), count, *(views[group[0]].size,) * 2, 3), dtype=torch.uint8, pin_memory=pinned)
+        for group in groups(views)
+    ]

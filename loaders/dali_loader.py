@@ -18,9 +18,10 @@ from torch import Tensor
 
 from loaders.contract import HostBatch
 from loaders.contract import Options as BaseOptions
-from loaders.folder_loader import load_row
-from loaders.index import DataError
-from loaders.sampler import Plan, Stream
+from loaders.folder_loader import Row, gather, load_row
+from loaders.index import BadImage, DataError, Index
+from loaders.sampler import FLIP, Plan, Stream
+from loaders.views import groups
 
 # Formats (as Pillow names them) that DALI is given. Others are decoded on the host: DALI 2.4 does not always survive
 # an unknown one, it was seen to end the process at a GIF.
@@ -50,14 +51,21 @@ def open(
     Raises:
         DataError: DALI is not installed.
     """
+    if problem := missing():
+        raise DataError(problem)
+    return _Batches(stream, positions, replace, max(workers, 1), device, options)
+
+
+def missing() -> str:
+    """What this machine lacks for the back end and what to do, or ""."""
     try:
         import nvidia.dali  # noqa: F401
     except ImportError as error:
-        raise DataError(
-            "data.backend: dali needs NVIDIA DALI, which is not installed; run `pip install "
+        return (
+            f"data.backend: dali needs NVIDIA DALI, which is not installed ({error}); run `pip install "
             "nvidia-dali-cuda120` (nvidia-dali-cuda130 for CUDA 13), or set data.backend=folder"
-        ) from error
-    return _Batches(stream, positions, replace, max(workers, 1), device, options)
+        )
+    return ""
 
 
 class _Work(NamedTuple):
@@ -149,7 +157,9 @@ class _Batches:
         )
         filters = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
         with pipeline:
-            content = fn.io.file.read(fn.external_source(name="path", dtype=types.UINT8, ndim=1))
+            content = fn.external_source(name="content", dtype=types.UINT8, ndim=1)
+            if self.stream.index.pieces is None:
+                content = fn.io.file.read(content)  # the content of what is fed is a path
             # As the reference decodes: EXIF orientation is not applied. Fancy upsampling makes the GPU's decoder
             # agree with libjpeg-turbo, which always does it.
             gpu_options = {"hw_decoder_load": self.options.hw_decoder_load, "jpeg_fancy_upsampling": True}
@@ -166,14 +176,16 @@ class _Batches:
             for number, view in enumerate(self.stream.views):
                 start = fn.external_source(name=f"start{number}", dtype=types.FLOAT, ndim=1)
                 end = fn.external_source(name=f"end{number}", dtype=types.FLOAT, ndim=1)
+                mirror = fn.external_source(name=f"mirror{number}", dtype=types.FLOAT, ndim=1)
                 # DALI reads past the end of an image that has shrunk since it was indexed; `_take` discards it.
                 start, end = math.min(start, side - 1), math.min(end, side)
                 crops.append(
                     fn.resize(
                         image,
                         size=[view.size, view.size],
-                        roi_start=start,
-                        roi_end=end,
+                        # A window whose ends are swapped comes out mirrored, at no cost.
+                        roi_start=start + mirror * (end - start),
+                        roi_end=end - mirror * (end - start),
                         interp_type=filters[view.interpolation],
                         antialias=True,
                     )
@@ -183,17 +195,25 @@ class _Batches:
         return pipeline
 
     def _take(self, work: _Work) -> tuple[list[Tensor], list[int]]:
-        """The next crops of the pipeline, V x uint8 [rows, size, size, 3] on the device, and the images among them
+        """The next crops of the pipeline, G x uint8 [k, rows, size, size, 3] on the device, and the images among them
         that are no longer of the size that was indexed, so that their windows mean nothing."""
-        stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
-        *crops, shapes = self._pipeline.share_outputs(cuda_stream=stream)
-        # A copy, though DALI says that its buffers outlive their release: not past the end of their pipeline.
-        views = [torch.from_dlpack(crop.as_tensor()).clone() for crop in crops]
+        on_gpu = self.device.type == "cuda"
+        stream = torch.cuda.current_stream(self.device) if on_gpu else None
+        *outputs, shapes = self._pipeline.share_outputs(cuda_stream=stream)
+        crops = [
+            torch.empty((len(group), len(work.rows), *(self.stream.views[group[0]].size,) * 2, 3), dtype=torch.uint8,
+                        device=self.device)
+            for group in groups(self.stream.views)
+        ]  # fmt: skip
+        places = [place for crop in crops for place in crop]
+        for place, output in zip(places, outputs, strict=True):
+            # A copy, though DALI says that its buffers outlive their release: not past the end of their pipeline.
+            place.copy_(torch.from_dlpack(output.as_tensor()))
         sizes = np.array(shapes.as_tensor())[:, :2]  # [rows, 2]: height, width
         self._pipeline.release_outputs()
         images = work.plan.image[work.rows]
         indexed = np.stack((self.stream.index.height[images], self.stream.index.width[images]), axis=1)
-        return views, images[(sizes != indexed).any(axis=1)].tolist()
+        return crops, images[(sizes != indexed).any(axis=1)].tolist()
 
     def _culprits(self, work: _Work, error: RuntimeError) -> list[int]:
         """The images of a failed batch that DALI cannot do."""
@@ -218,28 +238,22 @@ class _Batches:
         self._fed.clear()
         self._feed(again)
 
-    def _assemble(self, work: _Work, views: list[Tensor]) -> HostBatch:
-        plan = work.plan
-        bad: list[tuple[str, str]] = []
+    def _assemble(self, work: _Work, crops: list[Tensor]) -> HostBatch:
+        plan, stream = work.plan, self.stream
         if len(work.rows) == len(work.positions):
-            return HostBatch.of(self.stream, plan.image, plan.color, views, [])
-        rows: list[Any] = []
+            return HostBatch.of(stream, plan.image, plan.color, crops, [])
+        bad: list[tuple[str, str]] = []
+        done = {row: place for place, row in enumerate(work.rows)}
+        cells = [(group, place) for group, views in enumerate(groups(stream.views)) for place in range(len(views))]
+        rows: list[Row] = []
         for row, position in enumerate(work.positions):
-            if row in work.rows:
-                place = work.rows.index(row)
-                rows.append((int(plan.image[row]), plan.color[row], [view[place] for view in views]))
-            else:
-                rows.append(load_row(self.stream, plan, row, position, replace=self.replace, bad=bad))
-        rows = [row for row in rows if row is not None]
-        image = np.array([image for image, _, _ in rows], dtype=np.int64)
-        color = np.array([color for _, color, _ in rows], dtype=np.float32)
-        crops = [
-            torch.stack([crops[number].to(self.device) for _, _, crops in rows])
-            if rows
-            else torch.empty((0, view.size, view.size, 3), dtype=torch.uint8)
-            for number, view in enumerate(self.stream.views)
-        ]
-        return HostBatch.of(self.stream, image, color, crops, bad)
+            if row in done:
+                cuts = [crops[group][place, done[row]] for group, place in cells]
+                rows.append((int(plan.image[row]), plan.color[row], cuts))
+            elif sample := load_row(stream, plan, row, position, replace=self.replace, bad=bad):
+                rows.append(sample)
+        batch = gather(stream, rows, bad)
+        return batch._replace(crops=[crop.to(self.device) for crop in batch.crops])
 
 
 def _untyped(module: Any) -> Any:
@@ -247,10 +261,22 @@ def _untyped(module: Any) -> Any:
 
 
 def _feed(pipeline: Any, stream: Stream, plan: Plan, rows: list[int]) -> None:
-    images = plan.image[rows].tolist()
-    paths = [np.frombuffer(stream.index.path_bytes(image), dtype=np.uint8) for image in images]
-    pipeline.feed_input("path", paths)
+    index, images = stream.index, plan.image[rows].tolist()
+    if index.pieces is None:
+        content = [index.location(image)[0] for image in images]
+    else:
+        content = [_content(index, image) for image in images]
+    pipeline.feed_input("content", [np.frombuffer(item, dtype=np.uint8) for item in content])
     for number in range(len(stream.views)):
         window = plan.windows[rows, number].astype(np.float32)  # [rows, 4]: top, left, height, width
         pipeline.feed_input(f"start{number}", np.ascontiguousarray(window[:, :2]))
         pipeline.feed_input(f"end{number}", window[:, :2] + window[:, 2:])
+        mirror = plan.color[rows, number, FLIP]
+        pipeline.feed_input(f"mirror{number}", np.stack((np.zeros_like(mirror), mirror), axis=1))
+
+
+def _content(index: Index, image: int) -> bytes:
+    try:
+        return index.content(image)
+    except BadImage:
+        return b"\0"  # what DALI cannot decode, so that the host gets to say what is wrong

@@ -18,14 +18,19 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from loaders.contract import HostBatch
+from loaders.contract import HostBatch, make_crops
 from loaders.contract import Options as BaseOptions
 from loaders.index import BadImage, DataError
-from loaders.sampler import Plan, Stream, resized_sides
-from loaders.views import View
+from loaders.sampler import FLIP, Plan, Stream, resized_sides
+from loaders.views import View, groups
 
 _MODES = {"bilinear": InterpolationMode.BILINEAR, "bicubic": InterpolationMode.BICUBIC}
 MAX_SUCCESSORS = 100
+
+
+def missing() -> str:
+    """Nothing: this back end runs everywhere."""
+    return ""
 
 
 class Options(BaseOptions):
@@ -124,16 +129,22 @@ def load_batch(stream: Stream, positions: Sequence[int], *, replace: bool) -> Ho
         sample = load_row(stream, plan, row, position, replace=replace, bad=bad)
         if sample is not None:
             rows.append(sample)
-    views = [torch.empty((len(rows), view.size, view.size, 3), dtype=torch.uint8) for view in stream.views]
-    for place, (_, _, crops) in enumerate(rows):
-        for out, crop in zip(views, crops, strict=True):
-            out[place] = crop
-    image = np.array([image for image, _, _ in rows], dtype=np.int64)
-    color = np.array([color for _, color, _ in rows], dtype=np.float32)
-    return HostBatch.of(stream, image, color, views, bad)
+    return gather(stream, rows, bad)
 
 
 Row = tuple[int, NDArray[np.float32], list[Tensor]]
+
+
+def gather(stream: Stream, rows: list[Row], bad: list[tuple[str, str]]) -> HostBatch:
+    """The batch of rows that were done one by one."""
+    crops = make_crops(stream.views, len(rows))
+    for group, out in zip(groups(stream.views), crops, strict=True):
+        for place, view in enumerate(group):
+            for row, (_, _, cuts) in enumerate(rows):
+                out[place, row] = cuts[view]
+    image = np.array([image for image, _, _ in rows], dtype=np.int64)
+    color = np.array([color for _, color, _ in rows], dtype=np.float32)
+    return HostBatch.of(stream, image, color, crops, bad)
 
 
 def load_row(
@@ -154,8 +165,9 @@ def load_row(
             if not replace:
                 return None
             continue
+        color = plan.color[row]
         crops = [cut(pixels, window, view) for window, view in zip(plan.windows[row], stream.views, strict=True)]
-        return image, plan.color[row], crops
+        return image, color, [c.flip(1) if flips else c for c, flips in zip(crops, color[:, FLIP] > 0, strict=True)]
     raise DataError(f"{MAX_SUCCESSORS} images in a row cannot be decoded, the last is {bad[-1][0]}: {bad[-1][1]}")
 
 

@@ -21,6 +21,7 @@ CROP_TRIES = 10  # as torchvision's RandomResizedCrop
 # Columns of `Plan.color`.
 FLIP, BRIGHTNESS, CONTRAST, SATURATION, HUE, ORDER, GRAY, SIGMA, SOLARIZE = range(9)
 NUM_COLOR = 9
+NO_SOLARIZE = 2.0  # a threshold that no pixel reaches
 _DRAWS = 2 * CROP_TRIES + 2 + 12  # crop tries, crop place, flip and colour
 _ORDER_STREAM = 0xFFFFFFFF  # view number that no view has: the draws that make an epoch's permutation
 
@@ -166,7 +167,7 @@ def _colors(view: View, u: NDArray[np.float64]) -> NDArray[np.float32]:
     color[:, GRAY] = u[:, 7] < view.gray
     low, high = view.blur_sigma
     color[:, SIGMA] = np.where(u[:, 8] < view.blur, low + (high - low) * u[:, 9], 0)
-    color[:, SOLARIZE] = u[:, 10] < view.solarize
+    color[:, SOLARIZE] = np.where(u[:, 10] < view.solarize, view.solarize_threshold, NO_SOLARIZE)
     return color.astype(np.float32)
 
 

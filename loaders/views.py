@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -9,7 +10,19 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Probability = Field(default=0.0, ge=0, le=1)
 
 # Sources: BURN's stage configurations (methods of the release, both views alike); He et al. 2020 / Chen et al.
-# 2020 for MoCo v2; the usual linear-evaluation and validation transforms (ResNet, torchvision's reference).
+# 2020 for MoCo v2; Caron et al. 2020 for SwAV; the usual linear-evaluation and validation transforms (ResNet,
+# torchvision's reference).
+_SWAV: dict[str, Any] = {
+    "crop": "random",
+    "flip": 0.5,
+    "jitter": 0.8,
+    "brightness": 0.8,
+    "contrast": 0.8,
+    "saturation": 0.8,
+    "hue": 0.2,
+    "gray": 0.2,
+    "blur": 0.5,
+}
 PRESETS: dict[str, dict[str, Any]] = {
     "burn": {
         "crop": "random",
@@ -38,6 +51,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "gray": 0.2,
         "blur": 0.5,
     },
+    # Caron et al. 2020, section 4 and appendix: 2 x 224 from 14 to 100 % of the area, 6 x 96 from 5 to 14 %.
+    "swav_large": {**_SWAV, "size": 224, "scale": (0.14, 1.0)},
+    "swav_small": {**_SWAV, "size": 96, "scale": (0.05, 0.14)},
     "crop_flip": {"crop": "random", "size": 224, "scale": (0.08, 1.0), "flip": 0.5},
     "validation": {"crop": "center", "size": 224, "resize": 256},
 }
@@ -97,3 +113,14 @@ class View(BaseModel):
             if not 0 < low <= high:
                 raise ValueError(f"{name}: expected 0 < low <= high, got [{low}, {high}]")
         return self
+
+
+def groups(views: Sequence[View]) -> list[list[int]]:
+    """Places of neighbouring views of one size: what a network takes in one call, as SwAV's multi-crop does."""
+    found: list[list[int]] = []
+    for number, view in enumerate(views):
+        if found and views[found[-1][0]].size == view.size:
+            found[-1].append(number)
+        else:
+            found.append([number])
+    return found

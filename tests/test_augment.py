@@ -4,8 +4,19 @@ import pytest
 import torch
 from torchvision.transforms import functional as F
 
-from loaders.augment import ORDERS, augment_batch, jitter_slots
-from loaders.sampler import BRIGHTNESS, CONTRAST, FLIP, GRAY, HUE, NUM_COLOR, ORDER, SATURATION, SIGMA, SOLARIZE
+from loaders.augment import ORDERS, _together, augment_batch
+from loaders.sampler import (
+    BRIGHTNESS,
+    CONTRAST,
+    GRAY,
+    HUE,
+    NO_SOLARIZE,
+    NUM_COLOR,
+    ORDER,
+    SATURATION,
+    SIGMA,
+    SOLARIZE,
+)
 from loaders.views import View
 from tests.conftest import picture
 
@@ -33,13 +44,12 @@ def images(count=24):
 def identity(count):
     color = torch.zeros(count, NUM_COLOR)
     color[:, [BRIGHTNESS, CONTRAST, SATURATION]] = 1
+    color[:, SOLARIZE] = NO_SOLARIZE
     return color
 
 
 def reference(image, color):
     x = image.permute(2, 0, 1).float() / 255
-    if color[FLIP]:
-        x = x.flip(2)
     operations = (
         lambda x: F.adjust_brightness(x, color[BRIGHTNESS].item()),
         lambda x: F.adjust_contrast(x, color[CONTRAST].item()),
@@ -52,8 +62,8 @@ def reference(image, color):
         x = F.rgb_to_grayscale(x, 3)
     if color[SIGMA] > 0:
         x = F.gaussian_blur(x, 13, [color[SIGMA].item()] * 2)
-    if color[SOLARIZE]:
-        x = F.solarize(x, 0.5)
+    if color[SOLARIZE] <= 1:
+        x = F.solarize(x, color[SOLARIZE].item())
     return x
 
 
@@ -65,7 +75,6 @@ def parameters(which, count):
 
     color = identity(count)
     columns = {
-        "flip": (FLIP, (u(0, 1) < 0.5).float()),
         "brightness": (BRIGHTNESS, u(0.2, 1.8)),
         "contrast": (CONTRAST, u(0.2, 1.8)),
         "saturation": (SATURATION, u(0.2, 1.8)),
@@ -73,7 +82,7 @@ def parameters(which, count):
         "order": (ORDER, (torch.arange(count) % 24).float()),
         "gray": (GRAY, (u(0, 1) < 0.5).float()),
         "blur": (SIGMA, u(0.1, 2.0)),
-        "solarize": (SOLARIZE, (u(0, 1) < 0.5).float()),
+        "solarize": (SOLARIZE, torch.where(u(0, 1) < 0.5, 0.5, NO_SOLARIZE)),
     }
     for name in columns if which == "all" else (which, "order"):
         column, values = columns[name]
@@ -83,11 +92,11 @@ def parameters(which, count):
 
 @pytest.mark.parametrize(
     "which",
-    ["flip", "brightness", "contrast", "saturation", "hue", "gray", "blur", "solarize"],
+    ["brightness", "contrast", "saturation", "hue", "gray", "blur", "solarize"],
 )
 def test_operator_equals_torchvision(which):
     pixels, color = images(), parameters(which, 24)
-    got = augment_batch(pixels, color, VIEW, ZERO, ONE, select=True)
+    got = augment_batch(pixels, color, [VIEW], ZERO, ONE, alone=True)
     expected = torch.stack([reference(image, row) for image, row in zip(pixels, color)])
     error = (got - expected).abs().amax(dim=(1, 2, 3))
     if which == "solarize":  # the threshold may fall between two roundings of one value
@@ -97,8 +106,8 @@ def test_operator_equals_torchvision(which):
 
 def test_all_together_in_every_order():
     pixels, color = images(48), parameters("all", 48)
-    color[:, SOLARIZE] = 0  # a threshold turns a rounding error into a jump; it is tested alone
-    got = augment_batch(pixels, color, VIEW, ZERO, ONE, select=True)
+    color[:, SOLARIZE] = NO_SOLARIZE  # a threshold turns a rounding error into a jump; it is tested alone
+    got = augment_batch(pixels, color, [VIEW], ZERO, ONE, alone=True)
     expected = torch.stack([reference(image, row) for image, row in zip(pixels, color)])
     assert (got - expected).abs().max() < 10 * TOLERANCE
 
@@ -107,8 +116,8 @@ def test_branch_free_path_of_gpus_equals_the_selecting_one():
     # It runs every operator on every image: identities must be exact enough to leave the others alone.
     pixels, color = images(16), parameters("all", 16)
     color[::2] = identity(8)
-    color[:, SOLARIZE] = 0
-    selecting, branch_free = (augment_batch(pixels, color, VIEW, ZERO, ONE, select=s) for s in (True, False))
+    color[:, SOLARIZE] = NO_SOLARIZE
+    selecting, branch_free = (augment_batch(pixels, color, [VIEW], ZERO, ONE, alone=s) for s in (True, False))
     assert (selecting - branch_free).abs().max() < TOLERANCE
     assert branch_free.is_contiguous(memory_format=torch.channels_last)
 
@@ -116,7 +125,7 @@ def test_branch_free_path_of_gpus_equals_the_selecting_one():
 def test_normalisation_and_layout():
     pixels = images(4)
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    got = augment_batch(pixels, identity(4), VIEW, mean, std, select=True)
+    got = augment_batch(pixels, identity(4), [VIEW], mean, std, alone=True)
     assert got.is_contiguous(memory_format=torch.channels_last) and got.dtype == torch.float32
     expected = F.normalize(pixels.permute(0, 3, 1, 2).float() / 255, mean, std)
     assert (got - expected).abs().max() < TOLERANCE
@@ -126,15 +135,14 @@ def test_blur_of_an_image_smaller_than_its_kernel():
     tiny = images(2)[:, :4, :4].contiguous()
     color = identity(2)
     color[:, SIGMA] = 2.0
-    assert augment_batch(tiny, color, VIEW, ZERO, ONE, select=True).isfinite().all()
+    assert augment_batch(tiny, color, [VIEW], ZERO, ONE, alone=True).isfinite().all()
 
 
 @pytest.mark.slow
 def test_compiles_without_graph_breaks():
+    # What a GPU runs, through the same compiler on the CPU.
     pixels, color = images(8), parameters("all", 8)
-    slots, hue = jitter_slots(color)
-    from loaders.augment import _jitter
-
-    x = pixels.permute(0, 3, 1, 2).float() / 255
-    compiled = torch.compile(_jitter, fullgraph=True, dynamic=False)
-    assert (compiled(x, slots, hue) - _jitter(x, slots, hue)).abs().max() < TOLERANCE
+    color[:, SOLARIZE] = NO_SOLARIZE
+    arguments = pixels, color, [VIEW], ZERO, ONE
+    compiled = augment_batch(*arguments, together=torch.compile(_together, fullgraph=True, dynamic=False))
+    assert (compiled - augment_batch(*arguments)).abs().max() < TOLERANCE

@@ -1,0 +1,161 @@
+"""Back end `ffcv`: one memory-mapped `.beton` file, JPEG or raw pixels, in FFCV's format.
+
+Only the format is FFCV's. Its Loader draws crops from a generator that no seed reaches, compiles anew for every
+loader and hangs when one of its threads fails, so our own core takes its place: same order, windows and pixels as
+every other back end, first batch at once. Without the compiled core each image is cut on the host, as in `folder`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+
+from loaders import folder_loader, turbo
+from loaders.contract import HostBatch
+from loaders.contract import Options as BaseOptions
+from loaders.index import DataError, Index
+from loaders.sampler import Stream
+
+_BLOCK = 4096  # bytes; places and lengths of direct reads are multiples of it
+HOW_TO_INSTALL = (
+    "run `apt-get install gcc g++ pkg-config libturbojpeg0-dev libopencv-dev` and then `pip install ffcv`"
+)
+"""FFCV itself is needed for nothing here but comparisons; it has no wheels."""
+
+
+class Options(BaseOptions):
+    """`data.options` of this back end."""
+
+    strategy: Literal["page_cache", "ram", "direct"] = "page_cache"
+    """`page_cache`: mapped, the system keeps what fits. `ram`: all of it is read at the start and held, one copy for
+    all ranks of a machine. `direct`: read past the page cache, for a file much larger than memory on a fast disk."""
+    prefetch: int = Field(default=2, ge=1)
+    """Micro-batches that are worked on ahead of the one in use."""
+
+
+def missing() -> str:
+    """Nothing: this back end runs everywhere."""
+    return ""
+
+
+def open(
+    stream: Stream,
+    positions: Iterable[list[int]],
+    *,
+    replace: bool,
+    workers: int,
+    device: torch.device,
+    options: Options,
+) -> Iterator[HostBatch]:
+    """See `loaders.contract`.
+
+    Raises:
+        DataError: the data set is no `.beton` file, or the machine cannot hold or read it as asked.
+    """
+    index = stream.index
+    if index.root.suffix != ".beton":
+        raise DataError(
+            f"{index.root}: data.backend=ffcv needs a .beton file; make one with tools/convert_imagenet_to_ffcv.py, or "
+            "set data.backend=turbo"
+        )
+    if turbo.why_missing():
+        return folder_loader.open(
+            stream,
+            positions,
+            replace=replace,
+            workers=workers,
+            device=device,
+            options=folder_loader.Options(prefetch=options.prefetch),
+        )
+    memory = _Direct(index) if options.strategy == "direct" else _Mapped(index, hold=options.strategy == "ram")
+    return turbo.Batches(
+        stream,
+        positions,
+        replace=replace,
+        workers=workers,
+        device=device,
+        prefetch=options.prefetch,
+        memory=memory,
+        on_close=memory.close,
+    )
+
+
+class _Mapped:
+    """Addresses of images in the mapped file."""
+
+    def __init__(self, index: Index, *, hold: bool) -> None:
+        assert index.pieces is not None
+        self._offset = index.pieces.offset.astype(np.uint64)
+        file = os.open(index.pieces.files[0], os.O_RDONLY)
+        try:
+            size = os.fstat(file).st_size
+            if hold and size > (room := _available_bytes()):
+                raise DataError(
+                    f"data.options.strategy: ram needs {size / 2**30:.1f} GiB for {index.root}, {room / 2**30:.1f} are "
+                    "free; set data.options.strategy=page_cache"
+                )
+            # Shared, so that the pages are the page cache's own: one copy, however many ranks.
+            flags = mmap.MAP_SHARED | (mmap.MAP_POPULATE if hold else 0)
+            self._map = mmap.mmap(file, size, flags=flags, prot=mmap.PROT_READ)
+        finally:
+            os.close(file)
+        self._map.madvise(mmap.MADV_RANDOM)
+        self._view = np.frombuffer(self._map, dtype=np.uint8)
+        if hold:  # held against other files' pages where the limit allows; without that they are only likely to stay
+            ctypes.CDLL(None).mlock(ctypes.c_void_p(self._view.ctypes.data), ctypes.c_size_t(size))
+
+    def __call__(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.uint64], object]:
+        return np.uint64(self._view.ctypes.data) + self._offset[rows], self._view
+
+    def close(self) -> None:
+        del self._view
+        self._map.close()
+
+
+class _Direct:
+    """Addresses of images that were read past the page cache, in a buffer for each batch."""
+
+    def __init__(self, index: Index) -> None:
+        assert index.pieces is not None
+        self._pieces, self._root = index.pieces, index.root
+        self._size = os.path.getsize(index.pieces.files[0])
+        try:
+            self._file = os.open(index.pieces.files[0], os.O_RDONLY | os.O_DIRECT)
+        except OSError as error:
+            raise DataError(
+                f"data.options.strategy: direct: {index.root} cannot be read past the page cache: {error.strerror}; "
+                "set data.options.strategy=page_cache"
+            ) from None
+
+    def __call__(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.uint64], mmap.mmap]:
+        start = self._pieces.offset[rows] // _BLOCK * _BLOCK
+        count = -(-(self._pieces.offset[rows] + self._pieces.length[rows] - start) // _BLOCK) * _BLOCK
+        place = np.concatenate(([0], np.cumsum(count)))
+        buffer = mmap.mmap(-1, int(place[-1]))  # aligned to pages, and gone with the batch
+        whole = memoryview(buffer)
+        for at, first, length in zip(place.tolist(), start.tolist(), count.tolist(), strict=False):
+            got = os.preadv(self._file, [whole[at : at + length]], first)
+            if got < min(length, self._size - first):
+                raise DataError(f"{self._root}: cannot be read at byte {first}; is it still the same file?")
+        whole.release()
+        base = np.frombuffer(buffer, dtype=np.uint8).ctypes.data
+        return (base + place[:-1] + self._pieces.offset[rows] - start).astype(np.uint64), buffer
+
+    def close(self) -> None:
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+
+def _available_bytes() -> int:
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))

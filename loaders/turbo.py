@@ -1,0 +1,309 @@
+"""The compiled core (`turbo.c`): batches that threads decode and crop without Python's lock.
+
+It is built when the package is installed, if a C compiler and libjpeg-turbo's headers are there; `why_missing` says
+what to do where it is not.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from loaders.beton import RAW
+from loaders.contract import HostBatch, make_crops
+from loaders.folder_loader import load_row
+from loaders.index import Index
+from loaders.sampler import FLIP, Plan, Stream
+from loaders.views import View, groups
+
+_ABI = 1
+_SKIP, _JPEG, _RAW = -1, 0, 1  # how the core takes a row's bytes
+DONE = 0  # status of a row; any other leaves it to the host
+HOW_TO_BUILD = (
+    "run `apt-get install gcc libjpeg62-turbo-dev` (libjpeg-turbo8-dev on Ubuntu, libjpeg-turbo-devel on Fedora) and "
+    "then `pip install --editable .` again"
+)
+
+
+class _View(ctypes.Structure):
+    _fields_ = (("size", ctypes.c_int32), ("cubic", ctypes.c_int32), ("out", ctypes.c_void_p))
+
+
+class _Job(ctypes.Structure):
+    _fields_ = (
+        ("num_rows", ctypes.c_int32),
+        ("num_views", ctypes.c_int32),
+        ("max_pixels", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("kind", "path", "data", "offset", "length", "width", "height")),
+        *((name, ctypes.c_void_p) for name in ("windows", "flip", "views", "status")),
+        ("next", ctypes.c_int32),
+    )
+
+
+@functools.cache
+def _load() -> tuple[Any, str]:
+    """The library, or None and why there is none."""
+    found = sorted(Path(__file__).parent.glob("_turbo*.so"))
+    if not found:
+        return None, f"the compiled core was not built; {HOW_TO_BUILD}"
+    try:
+        library = ctypes.CDLL(str(found[0]))
+    except OSError as error:
+        return None, f"the compiled core cannot be loaded ({error}); {HOW_TO_BUILD}"
+    if library.turbo_abi() != _ABI:
+        return None, "the compiled core is of another version; run `pip install --editable .` again"
+    library.turbo_workspace.restype = ctypes.c_void_p
+    library.turbo_free.argtypes = [ctypes.c_void_p]
+    library.turbo_run.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+    library.turbo_vectors(1)
+    return library, ""
+
+
+def why_missing() -> str:
+    """Why the core cannot be used here, and what to do; "" if it can."""
+    return _load()[1]
+
+
+def use_vectors(wanted: bool) -> bool:
+    """Choose the vector path of the core or its plain one, which give the same pixels; whether it is the vector one."""
+    return bool(_load()[0].turbo_vectors(int(wanted)))
+
+
+def libjpeg_version() -> str:
+    """Of libjpeg-turbo, as `2.1.5`."""
+    number = _load()[0].turbo_libjpeg()
+    return f"{number // 1_000_000}.{number // 1000 % 1000}.{number % 1000}"
+
+
+Memory = Callable[[NDArray[np.int64]], tuple[NDArray[np.uint64], object]]
+
+
+class Job:
+    """Rows of one batch for the core.
+
+    Args:
+        index: the data set.
+        rows: [b] of the index.
+        views: what is cut; none decodes everything and keeps nothing.
+        windows: [b, V, 4], and `flip` [b, V], of a plan.
+        crops: G x uint8 [k, b, size, size, 3], see `contract.make_crops`; written to.
+        memory: gives the address of each row's bytes, and what has to live as long as they are used.
+    """
+
+    def __init__(
+        self,
+        index: Index,
+        rows: NDArray[np.int64],
+        views: tuple[View, ...] = (),
+        windows: NDArray[np.float64] | None = None,
+        flip: NDArray[np.bool_] | None = None,
+        crops: list[Tensor] | None = None,
+        memory: Memory | None = None,
+    ) -> None:
+        count = len(rows)
+        width, height = index.width[rows], index.height[rows]
+        format = index.format[rows]
+        kind = np.where(np.isin(format, [b"JPEG", b"MPO"]), _JPEG, np.where(format == RAW, _RAW, _SKIP)).astype(np.int32)
+        kind[[row in index.problems for row in rows.tolist()]] = _SKIP
+        places = [index.location(row) for row in rows.tolist()]
+        if memory is None:
+            path = (ctypes.c_char_p * count)(*(place[0] for place in places))
+            data = np.zeros(count, dtype=np.uint64)
+        else:
+            path = (ctypes.c_char_p * count)()
+            data, self._memory = memory(rows)
+        outs = [crop[k] for crop in crops or [] for k in range(len(crop))]
+        cut = (_View * max(len(views), 1))(
+            *(_View(v.size, v.interpolation == "bicubic", out.data_ptr()) for v, out in zip(views, outs, strict=True))
+        )
+        self.status = np.full(count, -1, dtype=np.int32)
+        arrays = {
+            "kind": kind,
+            "data": data,
+            "offset": np.array([place[1] for place in places], dtype=np.int64),
+            "length": np.array([place[2] for place in places], dtype=np.int64),
+            "width": np.ascontiguousarray(width, dtype=np.int32),
+            "height": np.ascontiguousarray(height, dtype=np.int32),
+            "windows": _axes(views, windows, width, height) if windows is not None else np.zeros(0),
+            "flip": np.ascontiguousarray(flip, dtype=np.uint8) if flip is not None else np.zeros(0),
+            "status": self.status,
+        }
+        self._kept = (path, cut, outs, arrays)  # the core has only their addresses
+        self._job = _Job(
+            num_rows=count,
+            num_views=len(views),
+            max_pixels=index.max_pixels,
+            path=ctypes.addressof(path),
+            views=ctypes.addressof(cut),
+            **{name: array.ctypes.data for name, array in arrays.items()},
+        )
+
+    def run(self, workspace: int) -> None:
+        """Work on rows until none is left; several threads may, each with a workspace of its own."""
+        _load()[0].turbo_run(ctypes.addressof(self._job), workspace)
+
+
+def _axes(
+    views: tuple[View, ...], windows: NDArray[np.float64], width: NDArray[np.int32], height: NDArray[np.int32]
+) -> NDArray[np.float64]:
+    """Windows as the core takes them: [b, V, 2, 4] with (low, high, start, scale) of x and y."""
+    axes = np.empty((*windows.shape[:2], 2, 4))
+    for number, view in enumerate(views):
+        for axis, (start, side, whole) in enumerate(((1, 3, width), (0, 2, height))):
+            at, extent = windows[:, number, start], windows[:, number, side]
+            # A centre window is a part of the resized picture, so its filter sees what is around it.
+            center = view.crop == "center"
+            low, high = (np.zeros_like(at), whole) if center else (at, at + extent)
+            axes[:, number, axis] = np.stack((low, high, at, extent / view.size), axis=1)
+    return axes
+
+
+class Workers:
+    """Threads with a workspace each, which work through jobs in the order in which they come."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._pool = ThreadPoolExecutor(count, thread_name_prefix="turbo")
+        self._all = [_load()[0].turbo_workspace() for _ in range(count)]
+        self._free: SimpleQueue[int] = SimpleQueue()
+        for workspace in self._all:
+            self._free.put(workspace)
+
+    def start(self, job: Callable[[], Job]) -> list[Future[None]]:
+        """Let all threads work on what `job` gives; it may be called by any of them."""
+        return [self._pool.submit(self._run, job) for _ in range(self.count)]
+
+    def _run(self, job: Callable[[], Job]) -> None:
+        workspace = self._free.get()
+        try:
+            job().run(workspace)
+        finally:
+            self._free.put(workspace)
+
+    def close(self) -> None:
+        """End the threads and free their memory."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        while self._all:
+            _load()[0].turbo_free(self._all.pop())
+
+
+class _Batch:
+    """A batch in the making; the first thread that comes to it plans it for all."""
+
+    def __init__(self, batches: Batches, positions: list[int]) -> None:
+        self.positions, self._batches = positions, batches
+        self._lock = threading.Lock()
+        self._job: Job | None = None
+        self.plan: Plan
+        self.crops: list[Tensor]
+        self.running = batches.workers.start(self._prepare)
+
+    def _prepare(self) -> Job:
+        with self._lock:
+            if self._job is None:
+                of = self._batches
+                self.plan = of.stream.plan(self.positions)
+                self.crops = make_crops(of.stream.views, len(self.positions), pinned=of.pinned)
+                flip = self.plan.color[:, :, FLIP] > 0
+                self._job = Job(
+                    of.stream.index,
+                    self.plan.image,
+                    of.stream.views,
+                    self.plan.windows,
+                    flip,
+                    self.crops,
+                    of.memory,
+                )
+            return self._job
+
+    def done(self) -> HostBatch:
+        """Wait for it; what the core gave up is done, or found bad, by the host."""
+        for future in self.running:
+            future.result()
+        assert self._job is not None
+        stream, plan, bad = self._batches.stream, self.plan, []  # type: ignore[var-annotated]
+        image, color = plan.image, plan.color
+        kept = np.ones(len(self.positions), dtype=np.bool_)
+        for row in np.flatnonzero(self._job.status != DONE).tolist():
+            sample = load_row(stream, plan, row, self.positions[row], replace=self._batches.replace, bad=bad)
+            if sample is None:
+                kept[row] = False
+                continue
+            image[row], color[row], views = sample
+            for group, crop in zip(groups(stream.views), self.crops, strict=True):
+                for place, view in enumerate(group):
+                    crop[place, row] = views[view]
+        if kept.all():
+            return HostBatch.of(stream, image, color, self.crops, bad)
+        rows = torch.from_numpy(np.flatnonzero(kept))
+        return HostBatch.of(stream, image[kept], color[kept], [crop[:, rows] for crop in self.crops], bad)
+
+
+class Batches:
+    """The iterator of a back end that uses the core.
+
+    Args:
+        prefetch: batches that are worked on ahead of the one in use.
+        memory: see `Job`.
+        on_close: called at the end.
+    """
+
+    def __init__(
+        self,
+        stream: Stream,
+        positions: Iterable[list[int]],
+        *,
+        replace: bool,
+        workers: int,
+        device: torch.device,
+        prefetch: int,
+        memory: Memory | None = None,
+        on_close: Callable[[], None] | None = None,
+    ) -> None:
+        self.stream, self.replace, self.memory = stream, replace, memory
+        self.pinned = device.type == "cuda"
+        self.workers = Workers(max(1, workers))
+        self._positions, self._prefetch, self._on_close = iter(positions), prefetch, on_close
+        self._ahead: deque[_Batch] = deque()
+        self._fill()
+
+    def _fill(self) -> None:
+        room = self._prefetch + 1 - len(self._ahead)
+        self._ahead.extend(_Batch(self, chunk) for chunk in islice(self._positions, room))
+
+    def __iter__(self) -> Iterator[HostBatch]:
+        return self
+
+    def __next__(self) -> HostBatch:
+        self._fill()
+        if not self._ahead:
+            raise StopIteration
+        return self._ahead.popleft().done()
+
+    def close(self) -> None:
+        """End the threads; free memory and files."""
+        self._ahead.clear()
+        self._positions = iter(())
+        self.workers.close()
+        if self._on_close:
+            self._on_close()
+            self._on_close = None
+
+
+def default_threads() -> int:
+    """Threads for work outside of a run."""
+    return len(os.sched_getaffinity(0))
