@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint fuzz clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python tools/demo.py
@@ -20,6 +20,16 @@ $(VENV)/.demo $(VENV)/.dev: setup.cfg setup.py pyproject.toml loaders/turbo.c
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --editable ".[$(subst .,,$(suffix $@))]"
 	touch $@
+
+# Needs clang with its sanitiser runtime (Debian: clang libclang-rt-dev) and libjpeg62-turbo-dev.
+FUZZ_SECONDS ?= 1800
+fuzz: $(VENV)/.dev
+	mkdir -p build/fuzz
+	clang -g -O1 -std=c11 -D_GNU_SOURCE -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=undefined \
+	    tests/fuzz/turbo_fuzz.c -ljpeg -lm -o build/fuzz/turbo_fuzz
+	$(BIN)/python tests/fuzz/make_corpus.py build/fuzz/seeds
+	mkdir -p build/fuzz/corpus
+	cd build/fuzz && ./turbo_fuzz -max_total_time=$(FUZZ_SECONDS) -rss_limit_mb=2000 -max_len=65536 corpus seeds
 
 clean:
 	rm -rf $(VENV) runs data build *.egg-info

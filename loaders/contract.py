@@ -12,6 +12,9 @@ out, and is listed. Closing the iterator (if it has a `close`) frees threads, pr
 
 from __future__ import annotations
 
+import math
+import sys
+import threading
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -59,9 +62,30 @@ class HostBatch(NamedTuple):
         )
 
 
-def make_crops(views: Sequence[View], count: int, *, pinned: bool = False) -> list[Tensor]:
-    """Room for the crops of `count` images: G x uint8 [k, count, size, size, 3], not initialised."""
-    return [
-        torch.empty((len(group), count, *(views[group[0]].size,) * 2, 3), dtype=torch.uint8, pin_memory=pinned)
-        for group in groups(views)
-    ]
+class Room:
+    """Memory for the crops of one batch after another.
+
+    Fresh memory costs a page fault for every 4 KiB, more than the crops themselves; so what nobody holds any more is
+    used again. A tensor of it that is held, by anyone and however long, is never touched.
+    """
+
+    def __init__(self, views: Sequence[View], *, pinned: bool = False) -> None:
+        self._views, self._pinned = tuple(views), pinned
+        self._buffers: dict[int, list[NDArray[np.uint8]]] = {}  # by bytes
+        self._lock = threading.Lock()
+
+    def crops(self, count: int) -> list[Tensor]:
+        """Room for `count` images: G x uint8 [k, count, size, size, 3], not initialised."""
+        shapes = [(len(group), count, *(self._views[group[0]].size,) * 2, 3) for group in groups(self._views)]
+        if self._pinned:  # torch keeps pinned memory itself
+            return [torch.empty(shape, dtype=torch.uint8, pin_memory=True) for shape in shapes]
+        with self._lock:
+            return [torch.from_numpy(self._free(math.prod(shape))).view(shape) for shape in shapes]
+
+    def _free(self, size: int) -> NDArray[np.uint8]:
+        buffers = self._buffers.setdefault(size, [])
+        for number in range(len(buffers)):
+            if sys.getrefcount(buffers[number]) == 2:  # the list's and that of this call
+                return buffers[number]
+        buffers.append(np.empty(size, dtype=np.uint8))
+        return buffers[-1]

@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
-from loaders.contract import HostBatch
+from loaders.contract import HostBatch, Room
 from loaders.contract import Options as BaseOptions
 from loaders.folder_loader import Row, gather, load_row
 from loaders.index import BadImage, DataError, Index
@@ -86,7 +87,7 @@ class _Batches:
     ) -> None:
         self.stream, self.replace, self.workers = stream, replace, workers
         self.device, self.options = device, options
-        self._positions = iter(positions)
+        self._positions, self._room = iter(positions), Room(stream.views)
         self._fed: deque[_Work] = deque()
         # What becomes of a row does not depend on when its image was found bad: the whole batch is then done
         # again without it, so a resumed run gets the same pixels.
@@ -163,29 +164,34 @@ class _Batches:
             # As the reference decodes: EXIF orientation is not applied. Fancy upsampling makes the GPU's decoder
             # agree with libjpeg-turbo, which always does it.
             gpu_options = {"hw_decoder_load": self.options.hw_decoder_load, "jpeg_fancy_upsampling": True}
-            image = fn.decoders.image(
+            shape = fn.peek_image_shape(content, adjust_orientation=False)  # height, width, channels
+            # Only what the windows can see is decoded. The limits are for an image that has shrunk since it was
+            # indexed: DALI would read past its end. What comes of it is discarded by `_take`.
+            sides = fn.cast(shape[:2], dtype=types.INT32)
+            first = math.min(fn.external_source(name="start", dtype=types.INT32, ndim=1), sides - 1)
+            last = math.max(math.min(fn.external_source(name="end", dtype=types.INT32, ndim=1), sides), first + 1)
+            region = fn.cast(last - first, dtype=types.FLOAT)
+            image = fn.decoders.image_slice(
                 content,
+                start=first,
+                end=last,
+                axes=[0, 1],
                 device="mixed" if on_gpu else "cpu",
                 output_type=types.RGB,
                 adjust_orientation=False,
                 **(gpu_options if on_gpu else {}),
             )
-            shape = fn.peek_image_shape(content, adjust_orientation=False)  # height, width, channels
-            side = fn.cast(shape[:2], dtype=types.FLOAT)
             crops = []
             for number, view in enumerate(self.stream.views):
                 start = fn.external_source(name=f"start{number}", dtype=types.FLOAT, ndim=1)
                 end = fn.external_source(name=f"end{number}", dtype=types.FLOAT, ndim=1)
-                mirror = fn.external_source(name=f"mirror{number}", dtype=types.FLOAT, ndim=1)
-                # DALI reads past the end of an image that has shrunk since it was indexed; `_take` discards it.
-                start, end = math.min(start, side - 1), math.min(end, side)
                 crops.append(
                     fn.resize(
                         image,
                         size=[view.size, view.size],
                         # A window whose ends are swapped comes out mirrored, at no cost.
-                        roi_start=start + mirror * (end - start),
-                        roi_end=end - mirror * (end - start),
+                        roi_start=math.min(start, region),
+                        roi_end=math.min(end, region),
                         interp_type=filters[view.interpolation],
                         antialias=True,
                     )
@@ -200,11 +206,12 @@ class _Batches:
         on_gpu = self.device.type == "cuda"
         stream = torch.cuda.current_stream(self.device) if on_gpu else None
         *outputs, shapes = self._pipeline.share_outputs(cuda_stream=stream)
-        crops = [
-            torch.empty((len(group), len(work.rows), *(self.stream.views[group[0]].size,) * 2, 3), dtype=torch.uint8,
-                        device=self.device)
-            for group in groups(self.stream.views)
-        ]  # fmt: skip
+        count = len(work.rows)
+        if on_gpu:
+            shapes = [(len(g), count, *(self.stream.views[g[0]].size,) * 2, 3) for g in groups(self.stream.views)]
+            crops = [torch.empty(shape, dtype=torch.uint8, device=self.device) for shape in shapes]
+        else:
+            crops = self._room.crops(count)
         places = [place for crop in crops for place in crop]
         for place, output in zip(places, outputs, strict=True):
             # A copy, though DALI says that its buffers outlive their release: not past the end of their pipeline.
@@ -267,12 +274,30 @@ def _feed(pipeline: Any, stream: Stream, plan: Plan, rows: list[int]) -> None:
     else:
         content = [_content(index, image) for image in images]
     pipeline.feed_input("content", [np.frombuffer(item, dtype=np.uint8) for item in content])
+    start, end = _decoded(stream, plan, rows)
+    pipeline.feed_input("start", start)
+    pipeline.feed_input("end", end)
     for number in range(len(stream.views)):
-        window = plan.windows[rows, number].astype(np.float32)  # [rows, 4]: top, left, height, width
-        pipeline.feed_input(f"start{number}", np.ascontiguousarray(window[:, :2]))
-        pipeline.feed_input(f"end{number}", window[:, :2] + window[:, 2:])
-        mirror = plan.color[rows, number, FLIP]
-        pipeline.feed_input(f"mirror{number}", np.stack((np.zeros_like(mirror), mirror), axis=1))
+        window = plan.windows[rows, number]  # [rows, 4]: top, left, height, width
+        first, last = window[:, :2] - start, window[:, :2] + window[:, 2:] - start
+        flips = plan.color[rows, number, FLIP] > 0
+        first[flips, 1], last[flips, 1] = last[flips, 1], first[flips, 1]
+        pipeline.feed_input(f"start{number}", first.astype(np.float32))
+        pipeline.feed_input(f"end{number}", last.astype(np.float32))
+
+
+def _decoded(stream: Stream, plan: Plan, rows: list[int]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """First and one past the last (row, column) of each image that the windows can see, [rows, 2] each. A random
+    crop sees its window; a centre crop is a part of the resized image, whose filter also sees what is around it."""
+    images = plan.image[rows]
+    sides = np.stack((stream.index.height[images], stream.index.width[images]), axis=1)[:, None]  # [rows, 1, 2]
+    windows = plan.windows[rows]  # [rows, V, 4]
+    size = np.array([view.size for view in stream.views])[:, None]
+    around = np.array([2.0 * (view.crop == "center") for view in stream.views])[:, None]
+    margin = around * (np.maximum(windows[:, :, 2:] / size, 1) + 1)
+    start = np.floor(np.maximum(windows[:, :, :2] - margin, 0)).min(axis=1)
+    end = np.ceil(np.minimum(windows[:, :, :2] + windows[:, :, 2:] + margin, sides)).max(axis=1)
+    return start.astype(np.int32), end.astype(np.int32)
 
 
 def _content(index: Index, image: int) -> bytes:

@@ -14,11 +14,11 @@ import torch
 from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from loaders.contract import HostBatch, make_crops
+from loaders.contract import HostBatch, Room
 from loaders.contract import Options as BaseOptions
 from loaders.index import BadImage, DataError
 from loaders.sampler import FLIP, Plan, Stream, resized_sides
@@ -136,12 +136,14 @@ Row = tuple[int, NDArray[np.float32], list[Tensor]]
 
 
 def gather(stream: Stream, rows: list[Row], bad: list[tuple[str, str]]) -> HostBatch:
-    """The batch of rows that were done one by one."""
-    crops = make_crops(stream.views, len(rows))
-    for group, out in zip(groups(stream.views), crops, strict=True):
-        for place, view in enumerate(group):
-            for row, (_, _, cuts) in enumerate(rows):
-                out[place, row] = cuts[view]
+    """The batch of rows that were done one by one; in a worker it is stacked right in shared memory."""
+    if rows:
+        crops = [
+            default_collate([cuts[view] for view in group for _, _, cuts in rows]).unflatten(0, (len(group), -1))
+            for group in groups(stream.views)
+        ]
+    else:
+        crops = Room(stream.views).crops(0)
     image = np.array([image for image, _, _ in rows], dtype=np.int64)
     color = np.array([color for _, color, _ in rows], dtype=np.float32)
     return HostBatch.of(stream, image, color, crops, bad)

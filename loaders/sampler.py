@@ -92,8 +92,10 @@ class Stream:
         epoch, image = self.images(positions)
         width, height = self.index.width[image], self.index.height[image]  # [b]
         windows, colors = [], []
+        numbers = np.arange(len(self.views))
+        drawn = uniform(image[:, None], numbers, epoch[:, None], _DRAWS, self.seed)  # [b, V, _DRAWS]
         for number, view in enumerate(self.views):
-            u = uniform(image, np.full_like(image, number), epoch, _DRAWS, self.seed)  # [b, _DRAWS]
+            u = drawn[:, number]
             windows.append(_windows(view, width, height, u[:, : 2 * CROP_TRIES + 2]))
             colors.append(_colors(view, u[:, 2 * CROP_TRIES + 2 :]))
         return Plan(image, np.stack(windows, axis=1), np.stack(colors, axis=1))

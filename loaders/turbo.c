@@ -38,7 +38,8 @@
 #define MAX_SIDE 65500
 #define MAX_SCANS 200         /* a progressive file may ask for endless passes over the same pixels */
 #define ROW_MARGIN 16         /* chroma upsampling looks one coded block beyond the window */
-#define PAD 64                /* bytes that the vector paths may read past a buffer's end */
+#define PAD 128               /* bytes that the vector paths may read past a buffer's end */
+#define FEW 8                 /* pairs of weights up to which the vector path has loops of fixed length */
 
 enum { KIND_SKIP = -1, KIND_JPEG = 0, KIND_RAW = 1 };
 enum { DONE = 0, SKIPPED = 1, FAILED = 2 };
@@ -129,10 +130,12 @@ static int valid_axis(const Axis *axis, int32_t side, int32_t size) {
          axis->start >= axis->low && axis->scale > 0 && axis->start + size * axis->scale <= axis->high + 1;
 }
 
-/* Weights of an axis in pairs of 16 bits: bounds[2o] is the first source pixel, bounds[2o + 1] the number of pairs.
-   Returns the pairs reserved for each output pixel, or 0 without memory. An odd last pair has a weight of 0. */
-static size_t make_weights(Workspace *ws, int which, const Axis *axis, int32_t size, int is_cubic) {
+/* Weights of an axis in pairs of 16 bits: bounds[2o] is the first source pixel, bounds[2o + 1] the number of pairs,
+   `most` the largest of these; an odd last pair has a weight of 0, and so have all pairs up to `most` if these are
+   few. Returns the pairs reserved for each output pixel, or 0 without memory. */
+static size_t make_weights(Workspace *ws, int which, const Axis *axis, int32_t size, int is_cubic, int32_t *most) {
   const double stretch = axis->scale < 1 ? 1 : axis->scale, support = (is_cubic ? 2 : 1) * stretch;
+  const double shrink = 1 / stretch;
   const int32_t low = (int32_t)axis->low, high = (int32_t)axis->high;
   const size_t pairs = ((size_t)(2 * support) + 4) / 2;
   if (!grow(&ws->weights[which], pairs * (size_t)size * sizeof(int32_t)) ||
@@ -142,6 +145,7 @@ static size_t make_weights(Workspace *ws, int which, const Axis *axis, int32_t s
   int32_t *weights = (int32_t *)ws->weights[which].at, *bounds = (int32_t *)ws->bounds[which].at;
   double *real = (double *)ws->between.at;
   int32_t *whole = (int32_t *)(real + 2 * pairs);
+  *most = 1;
   for (int32_t o = 0; o < size; o++) {
     const double centre = axis->start + (o + 0.5) * axis->scale;
     int32_t first = (int32_t)(centre - support + 0.5), end = (int32_t)(centre + support + 0.5);
@@ -152,13 +156,15 @@ static size_t make_weights(Workspace *ws, int which, const Axis *axis, int32_t s
     const int32_t count = end - first;
     double sum = 0;
     for (int32_t i = 0; i < count; i++) {
-      const double x = fabs((first + i - centre + 0.5) / stretch);
+      const double x = fabs((first + i - centre + 0.5) * shrink);
       real[i] = is_cubic ? cubic(x) : triangle(x);
       sum += real[i];
     }
+    const double unit = sum != 0 ? (1 << WEIGHT_BITS) / sum : 0;
     int32_t left = 1 << WEIGHT_BITS, largest = 0;
     for (int32_t i = 0; i < count; i++) {
-      whole[i] = sum != 0 ? (int32_t)lrint(real[i] / sum * (1 << WEIGHT_BITS)) : 0;
+      const double weight = real[i] * unit;
+      whole[i] = (int32_t)(weight < 0 ? weight - 0.5 : weight + 0.5);
       left -= whole[i];
       if (whole[i] > whole[largest]) largest = i;
     }
@@ -169,7 +175,11 @@ static size_t make_weights(Workspace *ws, int which, const Axis *axis, int32_t s
           (int32_t)(((uint32_t)whole[i] & 0xffff) | ((uint32_t)whole[i + 1] << 16));
     bounds[2 * o] = first;
     bounds[2 * o + 1] = (count + 1) / 2;
+    if (bounds[2 * o + 1] > *most) *most = bounds[2 * o + 1];
   }
+  if (*most <= FEW)
+    for (int32_t o = 0; o < size; o++)
+      for (int32_t i = bounds[2 * o + 1]; i < *most; i++) weights[(size_t)o * pairs + (size_t)i] = 0;
   return pairs;
 }
 
@@ -181,7 +191,7 @@ typedef struct {
   const uint8_t *source;
   size_t source_stride, between_stride; /* bytes */
   uint8_t *between, *out;
-  int32_t size, rows, first_row, flip;
+  int32_t size, rows, first_row, flip, most_x;
   const int32_t *wx, *wy, *bx, *by;
   size_t pairs_x, pairs_y;
 } Pass;
@@ -236,27 +246,41 @@ static void resample_plain(const Pass *p) {
 }
 
 #ifdef HAVE_AVX2
-__attribute__((target("avx2"))) static void across_avx2(const Pass *p, int32_t y) {
-  /* Two rows at once, one in each half: for every pair of pixels the channels as 16 bits beside each other. */
+/* Output pixel o of two rows, one in each half: sums of its channels, before rounding down. */
+__attribute__((target("avx2"), always_inline)) static inline __m256i two_rows(const Pass *p, const uint8_t *row0,
+                                                                              const uint8_t *row1, int32_t o,
+                                                                              int32_t fixed) {
+  /* For every pair of pixels the channels as 16 bits beside each other. Of the second load the lower half counts. */
   const __m256i spread = _mm256_setr_epi8(0, -1, 4, -1, 1, -1, 5, -1, 2, -1, 6, -1, 3, -1, 7, -1, 0, -1, 4, -1, 1, -1,
                                           5, -1, 2, -1, 6, -1, 3, -1, 7, -1);
-  const __m256i half = _mm256_set1_epi32(1 << (WEIGHT_BITS - 1));
+  const int32_t at = p->flip ? p->size - 1 - o : o, n = fixed ? fixed : p->bx[2 * at + 1];
+  const size_t from = 4 * (size_t)p->bx[2 * at];
+  const int32_t *w = p->wx + (size_t)at * p->pairs_x;
+  __m256i sum = _mm256_set1_epi32(1 << (WEIGHT_BITS - 1));
+  for (int32_t i = 0; i < n; i++) {
+    const __m128i a = _mm_loadl_epi64((const __m128i *)(row0 + from + 8 * (size_t)i));
+    const __m128i b = _mm_loadu_si128((const __m128i *)(row1 + from + 8 * (size_t)i));
+    const __m256i both = _mm256_inserti128_si256(_mm256_castsi128_si256(a), b, 1);
+    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_shuffle_epi8(both, spread), _mm256_set1_epi32(w[i])));
+  }
+  return _mm256_srai_epi32(sum, WEIGHT_BITS);
+}
+
+__attribute__((target("avx2"), always_inline)) static inline void across_avx2(const Pass *p, int32_t y, int32_t fixed) {
+  const __m128i narrow = _mm_setr_epi8(0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, -1, -1, -1, -1);
   const uint8_t *row0 = p->source + (size_t)y * p->source_stride;
   const uint8_t *row1 = y + 1 < p->rows ? row0 + p->source_stride : row0;
   uint8_t *to0 = p->between + (size_t)y * p->between_stride, *to1 = to0 + p->between_stride;
-  for (int32_t o = 0; o < p->size; o++) {
-    /* The 4th byte of a pixel falls on its successor in this direction, which is written after it. */
-    const int32_t at = p->flip ? p->size - 1 - o : o;
-    const size_t from = 4 * (size_t)p->bx[2 * at];
-    const int32_t *w = p->wx + (size_t)at * p->pairs_x, n = p->bx[2 * at + 1];
-    __m256i sum = half;
-    for (int32_t i = 0; i < n; i++) {
-      const __m128i a = _mm_loadl_epi64((const __m128i *)(row0 + from + 8 * (size_t)i));
-      const __m128i b = _mm_loadl_epi64((const __m128i *)(row1 + from + 8 * (size_t)i));
-      const __m256i both = _mm256_inserti128_si256(_mm256_castsi128_si256(a), b, 1);
-      sum = _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_shuffle_epi8(both, spread), _mm256_set1_epi32(w[i])));
-    }
-    sum = _mm256_srai_epi32(sum, WEIGHT_BITS);
+  int32_t o = 0;
+  for (; o + 4 <= p->size; o += 4) { /* writes 16 bytes, of which 12 count; the next ones, or the padding, follow */
+    const __m256i low = _mm256_packs_epi32(two_rows(p, row0, row1, o, fixed), two_rows(p, row0, row1, o + 1, fixed));
+    const __m256i high = _mm256_packs_epi32(two_rows(p, row0, row1, o + 2, fixed), two_rows(p, row0, row1, o + 3, fixed));
+    const __m256i four = _mm256_packus_epi16(low, high);
+    _mm_storeu_si128((__m128i *)(to0 + 3 * (size_t)o), _mm_shuffle_epi8(_mm256_castsi256_si128(four), narrow));
+    _mm_storeu_si128((__m128i *)(to1 + 3 * (size_t)o), _mm_shuffle_epi8(_mm256_extracti128_si256(four, 1), narrow));
+  }
+  for (; o < p->size; o++) {
+    __m256i sum = two_rows(p, row0, row1, o, fixed);
     sum = _mm256_packs_epi32(sum, sum);
     sum = _mm256_packus_epi16(sum, sum);
     const int32_t pixel0 = _mm_cvtsi128_si32(_mm256_castsi256_si128(sum));
@@ -297,7 +321,16 @@ __attribute__((target("avx2"))) static void down_avx2(const Pass *p, int32_t o) 
 }
 
 __attribute__((target("avx2"))) static void resample_avx2(const Pass *p) {
-  for (int32_t y = 0; y < p->rows; y += 2) across_avx2(p, y);
+  switch (p->most_x) { /* a loop whose length is known is unrolled */
+#define ACROSS(n) \
+  case n: \
+    for (int32_t y = 0; y < p->rows; y += 2) across_avx2(p, y, n); \
+    break;
+    ACROSS(1) ACROSS(2) ACROSS(3) ACROSS(4) ACROSS(5) ACROSS(6) ACROSS(7) ACROSS(FEW)
+#undef ACROSS
+    default:
+      for (int32_t y = 0; y < p->rows; y += 2) across_avx2(p, y, 0);
+  }
   for (int32_t o = 0; o < p->size; o++) down_avx2(p, o);
 }
 
@@ -332,9 +365,10 @@ static int resample(Workspace *ws, const uint8_t *pixels, size_t stride, int32_t
   Axis x = axes[0], y = axes[1];
   x.low -= left, x.high -= left, x.start -= left;
   y.low -= top, y.high -= top, y.start -= top;
+  int32_t unused;
   Pass p = {.size = view->size, .flip = flip, .out = out, .source_stride = stride};
-  p.pairs_x = make_weights(ws, 0, &x, view->size, view->cubic);
-  p.pairs_y = p.pairs_x ? make_weights(ws, 1, &y, view->size, view->cubic) : 0;
+  p.pairs_x = make_weights(ws, 0, &x, view->size, view->cubic, &p.most_x);
+  p.pairs_y = p.pairs_x ? make_weights(ws, 1, &y, view->size, view->cubic, &unused) : 0;
   if (!p.pairs_y) return FAILED;
   p.wx = (const int32_t *)ws->weights[0].at, p.bx = (const int32_t *)ws->bounds[0].at;
   p.wy = (const int32_t *)ws->weights[1].at, p.by = (const int32_t *)ws->bounds[1].at;

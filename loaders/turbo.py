@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from loaders.beton import RAW
-from loaders.contract import HostBatch, make_crops
+from loaders.contract import HostBatch, Room
 from loaders.folder_loader import load_row
 from loaders.index import Index
 from loaders.sampler import FLIP, Plan, Stream
@@ -100,7 +100,7 @@ class Job:
         rows: [b] of the index.
         views: what is cut; none decodes everything and keeps nothing.
         windows: [b, V, 4], and `flip` [b, V], of a plan.
-        crops: G x uint8 [k, b, size, size, 3], see `contract.make_crops`; written to.
+        crops: G x uint8 [k, b, size, size, 3], see `contract.Room`; written to.
         memory: gives the address of each row's bytes, and what has to live as long as they are used.
     """
 
@@ -217,7 +217,7 @@ class _Batch:
             if self._job is None:
                 of = self._batches
                 self.plan = of.stream.plan(self.positions)
-                self.crops = make_crops(of.stream.views, len(self.positions), pinned=of.pinned)
+                self.crops = of.room.crops(len(self.positions))
                 flip = self.plan.color[:, :, FLIP] > 0
                 self._job = Job(
                     of.stream.index,
@@ -275,7 +275,7 @@ class Batches:
         on_close: Callable[[], None] | None = None,
     ) -> None:
         self.stream, self.replace, self.memory = stream, replace, memory
-        self.pinned = device.type == "cuda"
+        self.room = Room(stream.views, pinned=device.type == "cuda")
         self.workers = Workers(max(1, workers))
         self._positions, self._prefetch, self._on_close = iter(positions), prefetch, on_close
         self._ahead: deque[_Batch] = deque()

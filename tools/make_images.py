@@ -2,9 +2,12 @@
 
     python tools/make_images.py digits data/digits
     python tools/make_images.py fashion_mnist data/fashion_mnist
+    python tools/make_images.py photos data/photos --limit 2000
 
 `digits` is scikit-learn's (1,797 images of 8x8, in its wheel, no network). `fashion_mnist` is read from Debian's
-package dataset-fashion-mnist, or from a folder with its four idx files (--source).
+package dataset-fashion-mnist, or from a folder with its four idx files (--source). `photos` is for measuring loaders:
+pictures of ImageNet's sizes, detail and JPEG variants (about 480x400 pixels, 100 KB), mixed by a seeded generator
+from the two photographs in scikit-learn's wheel and noise; their classes mean nothing.
 """
 
 import argparse
@@ -13,10 +16,11 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageFile
 from tqdm import tqdm
 
 DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")
@@ -71,16 +75,70 @@ def write(splits: Iterator[Split], out: Path, limit: int | None) -> None:
     aside.rename(out)
 
 
+def photo(number: int, sources: list[NDArray[np.uint8]]) -> tuple[Image.Image, dict[str, Any]]:
+    """Picture `number` and the options to save it with; the same for the same versions of numpy and Pillow."""
+    rng = np.random.default_rng((20240, number))
+    kinds = [(500, 375), (375, 500), (500, 333), (int(rng.integers(200, 640)), int(rng.integers(200, 640)))]
+    width, height = kinds[rng.choice(4, p=[0.6, 0.12, 0.13, 0.15])]
+
+    def cut() -> NDArray[np.float64]:
+        source = sources[rng.integers(len(sources))]
+        zoom = rng.uniform(0.35, 0.95)
+        h, w = int(source.shape[0] * zoom), int(source.shape[1] * zoom)
+        top, left = rng.integers(source.shape[0] - h + 1), rng.integers(source.shape[1] - w + 1)
+        part = Image.fromarray(source[top : top + h, left : left + w]).resize((width, height), Image.Resampling.LANCZOS)
+        turned = np.array(part, dtype=float)[:: rng.choice([1, -1]), :: rng.choice([1, -1])]
+        return turned[:, :, rng.permutation(3)] * rng.uniform(0.7, 1.2, 3) + rng.uniform(-25, 25, 3)
+
+    def clouds(octaves: int) -> NDArray[np.float64]:  # 1/f noise
+        total = np.zeros((height, width))
+        for octave in range(octaves):
+            coarse = rng.normal(size=(2 ** (octave + 1) + 1,) * 2).astype(np.float32)
+            total += np.array(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)) / 2**octave
+        return total
+
+    mask = (1 / (1 + np.exp(-4 * clouds(4))))[:, :, None]
+    pixels = mask * cut() + (1 - mask) * cut() + rng.uniform(4, 14) * clouds(8)[:, :, None]
+    pixels += rng.normal(0, rng.uniform(4, 12), pixels.shape)  # the sensor's
+    picture = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+    if rng.random() < 0.01:
+        picture = picture.convert("L")
+    subsampling = int(rng.choice([2, 1, 0], p=[0.78, 0.07, 0.15]))  # 4:2:0, 4:2:2, 4:4:4
+    quality, progressive = int(rng.integers(88, 97)), bool(rng.random() < 0.02)
+    return picture, {"quality": quality, "subsampling": subsampling, "progressive": progressive}
+
+
+def write_photos(out: Path, count: int) -> None:
+    """`count` pictures for training and a tenth as many for validation, in ten classes."""
+    from sklearn.datasets import load_sample_images
+
+    ImageFile.MAXBLOCK = 1 << 22  # Pillow writes a progressive file in one piece
+    sources = list(load_sample_images().images)
+    aside = out.with_name(f".{out.name}.part")
+    shutil.rmtree(aside, ignore_errors=True)
+    for split, first, many in (("train", 0, count), ("val", 1_000_000, max(10, count // 10))):
+        for number in tqdm(range(many), desc=f"{out.name}/{split}", unit=" images", disable=None):
+            picture, options = photo(first + number, sources)
+            path = aside / split / f"class{number % 10}" / f"{number:06d}.JPEG"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            picture.save(path, "JPEG", **options)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    aside.rename(out)
+
+
 def main() -> int:
     """Parse the command line and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dataset", choices=["digits", "fashion_mnist"])
+    parser.add_argument("dataset", choices=["digits", "fashion_mnist", "photos"])
     parser.add_argument("out", type=Path, help="folder to make; nothing is done if it is there already")
     parser.add_argument("--source", type=Path, default=DEBIAN_FASHION, help="folder of Fashion-MNIST's idx files")
     parser.add_argument("--limit", type=int, help="at most this many images of each split")
     arguments = parser.parse_args()
     if arguments.out.exists():
         print(f"{arguments.out} is there already")
+        return 0
+    if arguments.dataset == "photos":
+        write_photos(arguments.out, arguments.limit or 2000)
         return 0
     splits = digits() if arguments.dataset == "digits" else fashion_mnist(arguments.source)
     write(splits, arguments.out, arguments.limit)
