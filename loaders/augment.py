@@ -133,6 +133,12 @@ def _augment_one(image: Tensor, drawn: list[float], radius: int) -> None:
     image.copy_(x)
 
 
+def to_pixels(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Normalised images [B, 3, H, W] as pixels again, uint8 [B, H, W, 3]: to be looked at."""
+    scale, shift = (torch.tensor(tuple(values), device=x.device)[:, None, None] for values in (std, mean))
+    return ((x * scale + shift) * 255).clamp(0, 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+
+
 def jitter_slots(color: Tensor) -> tuple[Tensor, Tensor]:
     """Lay out each image's jitter as three blends, hue, three blends, with identities where nothing is due.
 

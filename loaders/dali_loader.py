@@ -69,6 +69,22 @@ def missing() -> str:
     return ""
 
 
+def try_device(device_id: int | None) -> str:
+    """Run the smallest pipeline on a GPU, or on the CPU (None): "works (version)" or how it fails."""
+    from nvidia import dali
+
+    fn = _untyped(dali.fn)
+    try:
+        pipeline = dali.Pipeline(batch_size=1, num_threads=1, device_id=device_id)
+        with pipeline:
+            pipeline.set_outputs(fn.constant(idata=1))
+        pipeline.build()
+        pipeline.run()
+    except RuntimeError as error:
+        return f"FAILS: {str(error).splitlines()[0][:160]}"
+    return f"works ({dali.__version__})"
+
+
 class _Work(NamedTuple):
     positions: list[int]
     plan: Plan

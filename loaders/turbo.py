@@ -156,6 +156,14 @@ class Job:
         """Work on rows until none is left; several threads may, each with a workspace of its own."""
         _load()[0].turbo_run(ctypes.addressof(self._job), workspace)
 
+    def run_alone(self) -> None:
+        """Work on all rows in this thread."""
+        workspace = _load()[0].turbo_workspace()
+        try:
+            self.run(workspace)
+        finally:
+            _load()[0].turbo_free(workspace)
+
 
 def _axes(
     views: tuple[View, ...], windows: NDArray[np.float64], width: NDArray[np.int32], height: NDArray[np.int32]

@@ -49,7 +49,7 @@ def tiny_overrides(path: Path, folder: Path) -> list[str]:
         "data.batch_size=16",
         "data.micro_batch=8",
         "data.eval_view={crop: center, size: 32, resize: 32}",
-        *(f"data.views.{number}.size=32" for number in range(len(content.data.views))),
+        "data.views=" + json.dumps([{**view.model_dump(), "size": 32} for view in content.data.views]),
         "run.duration=6it",
         "run.log_every=1it",
         "run.save_every=2it",
@@ -186,11 +186,18 @@ def train_main(*arguments: str) -> None:
     """tools/train.py's main in this process."""
     import sys
 
-    sys.path.insert(0, str(ROOT / "tools"))
-    import train as tool
-
     sys.argv = ["train.py", *arguments]
-    raise SystemExit(tool.main())
+    raise SystemExit(tool("train").main())
+
+
+def tool(name: str) -> Any:
+    """A file of tools/ as a module."""
+    import importlib
+    import sys
+
+    if str(ROOT / "tools") not in sys.path:
+        sys.path.insert(0, str(ROOT / "tools"))
+    return importlib.import_module(name)
 
 
 # ------------------------------------------------------------------------------------------------ images

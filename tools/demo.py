@@ -23,6 +23,7 @@ from engine import recipe as recipes
 from engine.log import duration, environment, to_console
 from engine.recipe import Recipe
 from engine.report import Score
+from loaders.augment import to_pixels
 
 SETS = {"digits": ("quick", "scikit-learn's digits"), "fashion_mnist": ("fashion", "Fashion-MNIST")}
 NEIGHBOURS, TEMPERATURE = 20, 0.07
@@ -116,8 +117,7 @@ def sample_views(recipe: Recipe, count: int = 12) -> list[torch.Tensor]:
     )  # fmt: skip
     views = next(loader).views
     loader.close()
-    mean, std = (torch.tensor(x)[:, None, None] for x in (data.mean, data.std))
-    return [((v * std + mean) * 255).clamp(0, 255).round().to(torch.uint8).permute(0, 2, 3, 1) for v in views]
+    return [to_pixels(view, data.mean, data.std) for view in views]
 
 
 def main() -> int:

@@ -2,6 +2,7 @@
 
     python tools/train.py recipes/quick/burn_stage1.yaml
     torchrun --nproc_per_node=8 tools/train.py recipes/burn_stage2.yaml run.amp=bf16 --resume
+    python tools/train.py recipes/burn_stage2.yaml data.train=data/photos/train --benchmark loader
 
 Exit codes: 0 done; 2 bad input (found at the start: nothing was written); 3 loss or gradients not finite;
 4 a parameter is not trained as declared; 5 the last checkpoint could not be written; 75 stopped by SIGTERM, SIGINT
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import _root  # noqa: F401
 
-from engine import dist, train
+from engine import bench, dist, train
 from engine import recipe as recipes
 from engine.checkpoint import CheckpointError
 from engine.describe import describe, missing
@@ -34,12 +35,24 @@ def main() -> int:
         "--allow-changes", action="store_true", help="resume although recipe, data or ranks have changed"
     )
     parser.add_argument("--dry-run", action="store_true", help="print what would be done and what is missing")
+    parser.add_argument(
+        "--benchmark",
+        choices=["loader"],
+        help="measure instead of training: `loader` every back end of this machine on the recipe's views",
+    )
+    parser.add_argument("--json", type=Path, help="also write what --benchmark measured here")
     arguments = parser.parse_intermixed_args()
     to_console(is_main=dist.environment_rank() == 0)
     try:
         recipe = recipes.load(arguments.recipe, arguments.override)
         if arguments.dry_run:
             print(describe(recipe))
+            return 0
+        if arguments.benchmark:
+            result = bench.loader(recipe)
+            print(bench.table(result))
+            if arguments.json:
+                bench.write(result, arguments.json)
             return 0
         if problems := missing(recipe, resumes=arguments.resume):
             raise RecipeError(f"{arguments.recipe}: {'; '.join(problems)}")

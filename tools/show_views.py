@@ -1,0 +1,109 @@
+"""Draw the augmented views of a recipe, every back end of this machine beside each other, with their differences.
+
+    python tools/show_views.py recipes/burn_stage1.yaml data.train=data/photos/train --out views.png
+
+Rows are images. For each view the first back end's pixels come first, then the others', then their difference from
+the first, eight times enlarged (gray is none).
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import _root  # noqa: F401
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+import loaders
+from engine import bench
+from engine import recipe as recipes
+from engine.recipe import Recipe, RecipeError
+from loaders import DataError
+from loaders.augment import to_pixels
+
+GAP, HEAD, GAIN = 4, 18, 8
+
+
+def views_of(recipe: Recipe, backend: str, count: int) -> list[torch.Tensor]:
+    """The first `count` images of the stream: V x uint8 [count, size, size, 3]."""
+    data = recipe.data
+    options = data.options if backend == data.backend else loaders.load(backend).Options()
+    data = data.model_copy(
+        update={
+            "backend": backend,
+            "options": options,
+            "batch_size": count,
+            "micro_batch": count,
+            "on_bad_image": "replace",
+        }
+    )
+    loader = loaders.open_train(
+        data, loaders.open_data(data, "train"), seed=recipe.seed, step=0, rank=0, world_size=1, local_world_size=1,
+        device=torch.device("cpu"),
+    )  # fmt: skip
+    try:
+        return [to_pixels(view, data.mean, data.std) for view in next(loader).views]
+    finally:
+        loader.close()
+
+
+def sheet(pixels: dict[str, list[torch.Tensor]]) -> Image.Image:
+    """The contact sheet of all back ends' views."""
+    first, *others = pixels
+    count = len(pixels[first][0])
+    columns: list[tuple[str, torch.Tensor]] = []
+    for number, reference in enumerate(pixels[first]):
+        columns.append((f"{number} {first}", reference))
+        for name in others:
+            difference = (pixels[name][number].int() - reference.int()) * GAIN + 128
+            columns.append((name, pixels[name][number]))
+            columns.append(("difference", difference.clamp(0, 255).to(torch.uint8)))
+    height = max(view.shape[1] for _, view in columns)
+    width = sum(view.shape[2] + GAP for _, view in columns)
+    picture = Image.new("RGB", (width, HEAD + count * (height + GAP)), "white")
+    pen, left = ImageDraw.Draw(picture), 0
+    for title, view in columns:
+        pen.text((left + 2, 3), title[: max(4, view.shape[2] // 6)], fill="black")
+        for row in range(count):
+            picture.paste(Image.fromarray(view[row].numpy()), (left, HEAD + row * (height + GAP)))
+        left += view.shape[2] + GAP
+    return picture
+
+
+def main() -> int:
+    """Draw, and print how far apart the back ends are."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", type=Path, help="a YAML file of recipes/")
+    parser.add_argument("override", nargs="*", help="section.key=value, changes the recipe")
+    parser.add_argument("--out", type=Path, default=Path("views.png"), help="the picture (%(default)s)")
+    parser.add_argument("--count", type=int, default=6, help="how many images (%(default)s)")
+    parser.add_argument("--backends", nargs="+", help="which, the first is the reference (all that work here)")
+    arguments = parser.parse_intermixed_args()
+    if not 1 <= arguments.count <= 100:
+        parser.error(f"--count: expected 1 to 100, got {arguments.count}")
+    try:
+        recipe = recipes.load(arguments.recipe, arguments.override)
+        reasons = bench.usable(recipe.data)
+        names = arguments.backends or sorted((n for n, reason in reasons.items() if not reason), key=lambda n: n != "folder")
+        for name in names:
+            if reason := reasons.get(name, f"no such back end; expected one of {', '.join(reasons)}"):
+                raise DataError(f"--backends: {name}: {reason}")
+        pixels = {name: views_of(recipe, name, arguments.count) for name in names}
+    except (RecipeError, DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    picture = sheet(pixels)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(arguments.out)
+    for name in names[1:]:
+        apart = [(a.int() - b.int()).abs().numpy() for a, b in zip(pixels[names[0]], pixels[name], strict=True)]
+        flat = np.concatenate([difference.ravel() for difference in apart])
+        print(f"{name} against {names[0]}: mean {flat.mean():.3f} levels of 255, 99.9 % within "
+              f"{np.percentile(flat, 99.9):.0f}, most {flat.max()}")  # fmt: skip
+    print(f"{arguments.out}: {picture.width}x{picture.height} pixels, {arguments.count} images, {', '.join(names)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
