@@ -71,7 +71,10 @@ def pil_transform(view: View) -> Callable[[Image.Image], torch.Tensor]:
     mode = v1.InterpolationMode(view.interpolation)
     if view.crop == "center":
         return v1.Compose([v1.Resize(view.resize, mode), v1.CenterCrop(view.size), v1.PILToTensor()])
-    chain: list[Any] = [v1.RandomResizedCrop(view.size, view.scale, view.ratio, mode), v1.RandomHorizontalFlip(view.flip)]
+    chain: list[Any] = [
+        v1.RandomResizedCrop(view.size, view.scale, view.ratio, mode),
+        v1.RandomHorizontalFlip(view.flip),
+    ]
     if view.jitter:
         jitter = v1.ColorJitter(view.brightness, view.contrast, view.saturation, view.hue)
         chain += [v1.RandomApply([jitter], view.jitter), v1.RandomGrayscale(view.gray)]
@@ -142,10 +145,15 @@ def convert(source: Path, folder: Path) -> dict[str, Path]:
     import subprocess
 
     made = {}
-    for mode, options in {"jpg": ["--mode", "jpg", "--max-side", "0"], "raw 400": ["--mode", "raw", "--max-side", "400"]}.items():
+    for mode, options in {
+        "jpg": ["--mode", "jpg", "--max-side", "0"],
+        "raw 400": ["--mode", "raw", "--max-side", "400"],
+    }.items():
         path = folder / f"{mode.replace(' ', '')}.beton"
         tool = Path(__file__).resolve().parent.parent / "tools" / "convert_imagenet_to_ffcv.py"
-        subprocess.run([sys.executable, str(tool), str(source), str(path), *options], check=True, stderr=subprocess.DEVNULL)
+        subprocess.run(
+            [sys.executable, str(tool), str(source), str(path), *options], check=True, stderr=subprocess.DEVNULL
+        )
         made[mode] = path
     return made
 
@@ -155,7 +163,7 @@ def markdown(result: dict[str, Any]) -> str:
         "# Loaders", "",
         "`python tools/make_images.py photos data/photos --limit 1500 && python benchmarks/loaders.py data/photos`", "",
         f"{result['images']} JPEG files of {result['kib']:.0f} KiB on average, in the page cache; {result['workers']} "
-        f"threads or workers each, batches of {BATCH}, {result['rounds']} rounds of {result['batches']} batches in turn. "
+        f"threads or workers each, batches of {BATCH}, {result['rounds']} rounds of {result['batches']} batches. "
         "Ratios of images per second to the authors' way in the same round: median (min to max); CPU ratios are of CPU "
         "time per image and suffer less from other load. The decode floor reads and decodes every pixel with "
         "libjpeg-turbo on the same cores and does nothing else. uint8 crops are handed over; the authors' way has its "
@@ -163,13 +171,13 @@ def markdown(result: dict[str, Any]) -> str:
         "![ratios](loaders.png)",
     ]  # fmt: skip
     for job, found in result["jobs"].items():
-        lines += ["", f"## {TITLES[job]}", "", "| loader | images/s ratio | CPU ratio | CPU ms an image | first batch, s | asked |",
-                  "|---|---|---|---|---|---|"]  # fmt: skip
+        head = "| loader | images/s ratio | CPU ratio | CPU ms an image | first batch, s | asked |"
+        lines += ["", f"## {TITLES[job]}", "", head, "|---|---|---|---|---|---|"]
         for name, arm in found.items():
             asked = ASKED[job].get(name, "")
             lines.append(
-                f"| {name} | {bench.spread(arm['ratio'])} | {bench.spread(arm['cpu_ratio'])} | {median(arm['cpu_ms']):.2f} | "
-                f"{median(arm['first_batch']):.2f} | {asked} |"
+                f"| {name} | {bench.spread(arm['ratio'])} | {bench.spread(arm['cpu_ratio'])} | "
+                f"{median(arm['cpu_ms']):.2f} | {median(arm['first_batch']):.2f} | {asked} |"
             )
     lines += ["", f"Disk: JPEG files {result['kib']:.0f} KiB an image"
               + "".join(f", .beton {mode} {kib:.0f}" for mode, kib in result["beton_kib"].items()) + "."]  # fmt: skip
@@ -187,7 +195,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         names = list(found)[::-1]
         ratios = [found[name]["ratio"] for name in names]
         middle = [median(r) for r in ratios]
-        error = [[m - min(r) for m, r in zip(middle, ratios)], [max(r) - m for m, r in zip(middle, ratios)]]
+        error = [[median(r) - min(r) for r in ratios], [max(r) - median(r) for r in ratios]]
         colors = ["tab:gray" if n in ("floor",) or "torchvision" in n else "tab:blue" for n in names]
         axis.barh(["decode floor" if n == "floor" else n for n in names], middle, xerr=error, color=colors)
         axis.set_title(TITLES[job], fontsize=10)
@@ -235,8 +243,8 @@ def main() -> int:
                 for name, arm in found.items()
             }
             for name, arm in result["jobs"][job].items():
-                print(f"{job:12} {name:26} {bench.spread(arm['ratio'])}  cpu {bench.spread(arm['cpu_ratio'])}  "
-                      f"{median(arm['cpu_ms']):.2f} ms  first {median(arm['first_batch']):.2f} s", flush=True)  # fmt: skip
+                ratios = f"{bench.spread(arm['ratio'])}  cpu {bench.spread(arm['cpu_ratio'])}"
+                print(f"{job:12} {name:26} {ratios}  {median(arm['cpu_ms']):.2f} ms", flush=True)
     bench.write(result, arguments.out / "loaders.json")
     (arguments.out / "loaders.md").write_text(markdown(result), encoding="utf-8")
     draw(result, arguments.out / "loaders.png")

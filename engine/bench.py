@@ -271,8 +271,8 @@ def table(result: dict[str, Any]) -> str:
     ]
     if floor := result["floor"]:
         lines.append(
-            f"| {NAMES['floor']} | | | {spread(floor['images_per_second'], 0)} | {median(floor['cpu_ms']):.2f} in all | "
-            "| | | 1.00 | |"
+            f"| {NAMES['floor']} | | | {spread(floor['images_per_second'], 0)} | {median(floor['cpu_ms']):.2f} in all "
+            "| | | | 1.00 | |"
         )
     for name, found in result["backends"].items():
         phases = " | ".join(f"{ms:.2f}" for ms in found["phases_cpu_ms"].values())

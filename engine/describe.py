@@ -11,6 +11,7 @@ from engine import checkpoint
 from engine.optim import is_weight
 from engine.recipe import Recipe, RecipeError, micro_steps
 from engine.schedules import Horizon, to_steps, value
+from loaders.index import is_there
 from models import backbones, cost, methods
 
 
@@ -27,7 +28,7 @@ def missing(recipe: Recipe, *, resumes: bool = False) -> list[str]:
     if data.backend != "synthetic":
         for split in ("train", *(["val"] if recipe.evals else [])):
             root = getattr(data, split)
-            if root is None or not loaders.is_there(Path(root)):
+            if root is None or not is_there(Path(root)):
                 problems.append(
                     f"data.{split}: no folder {root}; expected one folder of images per class, "
                     f"set data.{split}=/path/to/{split}"

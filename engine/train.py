@@ -194,6 +194,9 @@ class Trainer:
         recipe, horizon = self.recipe, self.horizon
         dist.together(self._open_folder)
         consensus = dist.Consensus(self.world)
+        if self.world.local_rank == 0:
+            for text in loaders.warnings(recipe.data, self.world.local_world_size):
+                logger.warning(text)
         before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
         try:
             self.loader = loaders.open_train(

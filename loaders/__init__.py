@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import os
 import pkgutil
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from loaders.augment import augmenter
 from loaders.contract import HostBatch, Options
-from loaders.index import DataError, Index, SyntheticIndex, is_there, open_index
+from loaders.index import DataError, Index, SyntheticIndex, open_index
 from loaders.sampler import EvalPositions, Stream, TrainPositions
 from loaders.views import View, groups
 
@@ -135,6 +136,7 @@ class Loader:
         self._std = torch.tensor(config.std, device=device, dtype=torch.float32)
         self._groups = groups(views)
         self._augment = augmenter(device)
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.bad: dict[str, str] = {}
 
     def __iter__(self) -> Iterator[Batch]:
@@ -149,15 +151,28 @@ class Loader:
                     f"{path}: {reason}; remove or repair it, or set data.on_bad_image=replace to go on without it"
                 )
             self.bad.update(batch.bad)
-        color = self._to_device(batch.color)
+        batch = self._on_device(batch)
         views: list[Tensor] = []
         for group, crops in zip(self._groups, batch.crops, strict=True):
             # The views of one size are one batch of k·B images, with one call of every operator.
-            images = self._to_device(crops).flatten(0, 1)
-            drawn = color[:, group].transpose(0, 1).flatten(0, 1)
+            images = crops.flatten(0, 1)
+            drawn = batch.color[:, group].transpose(0, 1).flatten(0, 1)
             of_group = [self.views[number] for number in group]
             views += self._augment(images, drawn, of_group, self._mean, self._std).chunk(len(group))
-        return Batch(views, self._to_device(batch.label), batch.rows)
+        return Batch(views, batch.label, batch.rows)
+
+    def _on_device(self, batch: HostBatch) -> HostBatch:
+        """The batch on the device; on a GPU its copy runs in a stream of its own, beside the step before."""
+        if self._copies is None:
+            return batch
+        with torch.cuda.stream(self._copies):
+            crops = [self._to_device(crop) for crop in batch.crops]
+            color, label = self._to_device(batch.color), self._to_device(batch.label)
+        current = torch.cuda.current_stream(self.device)
+        current.wait_stream(self._copies)
+        for tensor in (*crops, color, label):
+            tensor.record_stream(current)  # its memory is the other stream's, and in use until this one is through
+        return batch._replace(crops=crops, color=color, label=label)
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         # Only a copy from pinned memory leaves the host free to go on.
@@ -200,6 +215,22 @@ def workers_per_rank(config: DataConfig, local_world_size: int) -> int:
     if config.workers is not None:
         return config.workers
     return max(1, len(os.sched_getaffinity(0)) // local_world_size)
+
+
+def warnings(config: DataConfig, local_world_size: int) -> list[str]:
+    """What may go wrong on this machine though nothing is missing, each with what to do."""
+    if config.backend != "folder":
+        return []
+    workers = workers_per_rank(config, local_world_size) * local_world_size
+    image = sum(3 * view.size**2 for view in config.views)
+    needed = workers * (config.options.prefetch + 1) * config.micro_batch * image  # type: ignore[attr-defined]
+    room = shutil.disk_usage("/dev/shm").free
+    if needed <= room:
+        return []
+    return [
+        f"/dev/shm has {room / 2**20:.0f} MiB free, the {workers} workers may need {needed / 2**20:.0f} and would end with a "
+        "bus error; start docker with --shm-size 16g, lower data.workers, or set data.backend=turbo"
+    ]
 
 
 def open_train(

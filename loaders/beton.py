@@ -32,6 +32,7 @@ _TABLE = np.dtype([("sample", "<u8"), ("place", "<u8"), ("size", "<u8")])
 _JPEG_MODE, _RAW_MODE = 0, 1
 PAGE_SIZES = (1 << 21, 1 << 31)  # what FFCV accepts
 MAX_SIDE = 65535  # of an image, in the record
+MAX_CLASSES = 1_000_000  # more are an error of whoever wrote the labels
 
 
 class DataError(ValueError):
@@ -79,8 +80,8 @@ def read(path: Path) -> Beton:
     offset, length = table["place"][row].astype(np.int64), table["size"][row].astype(np.int64)
     if len(image) and (offset.min() < 0 or length.min() < 0 or (offset > size - length).any()):
         raise DataError(f"{path}: is not a whole .beton file: an image lies beyond its end")
-    if len(label) and label.min() < 0:
-        raise DataError(f"{path}: label {label.min()}; expected labels from 0")
+    if len(label) and not 0 <= label.min() <= label.max() < MAX_CLASSES:
+        raise DataError(f"{path}: labels from {label.min()} to {label.max()}; expected 0 to {MAX_CLASSES - 1}")
     manifest = _manifest(path, size)
     classes = manifest["classes"] if manifest else [str(number) for number in range(int(label.max(initial=-1)) + 1)]
     if len(label) and label.max() >= len(classes):
@@ -141,7 +142,9 @@ def _manifest(path: Path, size: int) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{beside}: is not the manifest of a .beton file: {error!r}; remove it or write both anew") from None
+        raise DataError(
+            f"{beside}: is not the manifest of a .beton file: {error!r}; remove it or write both anew"
+        ) from None
     if expected != size or digest != _records_digest(path, manifest):
         raise DataError(
             f"{path}: is not the file that {beside.name} describes ({size:,} bytes, expected {expected:,}, or other "

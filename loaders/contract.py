@@ -6,8 +6,9 @@ A back end is a file `loaders/<name>_loader.py` with `class Options(contract.Opt
 
 which yields one `HostBatch` for each list of positions that `positions` gives, in that order, and `missing() -> str`,
 which says what this machine lacks for it. It draws nothing: which image, which window, which flip and which colours
-come from `stream.plan(positions)`. Crops come back as uint8, flipped where that was drawn, without colour. An image that cannot be decoded gives way to its successor in the stream (`replace`), or is left
-out, and is listed. Closing the iterator (if it has a `close`) frees threads, processes and memory.
+come from `stream.plan(positions)`. Crops come back as uint8, flipped where that was drawn, without colour. An image
+that cannot be decoded gives way to its successor in the stream (`replace`), or is left out, and is listed. Closing
+the iterator (if it has a `close`) frees threads, processes and memory.
 """
 
 from __future__ import annotations

@@ -179,7 +179,13 @@ class _Batches:
                 content = fn.io.file.read(content)  # the content of what is fed is a path
             # As the reference decodes: EXIF orientation is not applied. Fancy upsampling makes the GPU's decoder
             # agree with libjpeg-turbo, which always does it.
-            gpu_options = {"hw_decoder_load": self.options.hw_decoder_load, "jpeg_fancy_upsampling": True}
+            width, height = self._room_for()
+            gpu_options = {
+                "hw_decoder_load": self.options.hw_decoder_load,
+                "jpeg_fancy_upsampling": True,
+                "preallocate_width_hint": width,
+                "preallocate_height_hint": height,
+            }
             shape = fn.peek_image_shape(content, adjust_orientation=False)  # height, width, channels
             # Only what the windows can see is decoded. The limits are for an image that has shrunk since it was
             # indexed: DALI would read past its end. What comes of it is discarded by `_take`.
@@ -215,6 +221,12 @@ class _Batches:
             pipeline.set_outputs(*crops, shape)
         pipeline.build()
         return pipeline
+
+    def _room_for(self) -> tuple[int, int]:
+        """Width and height that the GPU's decoders make room for at the start: without it their memory creeps up with
+        each larger image until there is none. A few giants are left out of the count."""
+        index = self.stream.index
+        return tuple(int(np.quantile(sides, 0.999)) for sides in (index.width, index.height))  # type: ignore[return-value]
 
     def _take(self, work: _Work) -> tuple[list[Tensor], list[int]]:
         """The next crops of the pipeline, G x uint8 [k, rows, size, size, 3] on the device, and the images among them

@@ -26,9 +26,7 @@ from loaders.index import DataError, Index
 from loaders.sampler import Stream
 
 _BLOCK = 4096  # bytes; places and lengths of direct reads are multiples of it
-HOW_TO_INSTALL = (
-    "run `apt-get install gcc g++ pkg-config libturbojpeg0-dev libopencv-dev` and then `pip install ffcv`"
-)
+HOW_TO_INSTALL = "run `apt-get install gcc g++ pkg-config libturbojpeg0-dev libopencv-dev` and then `pip install ffcv`"
 """FFCV itself is needed for nothing here but comparisons; it has no wheels."""
 
 

@@ -310,7 +310,7 @@ def _shard_index(root: Path, shards: list[bytes], max_pixels: int) -> Index:
         members = _members(shards)
         pieces = [(shards[file], offset, length) for file, offset, length in zip(*members[3:], strict=True)]
         arrays = _headers(root, pieces, _piece_header, max_pixels)
-        names = ("classes", "paths", "label", "file", "offset", "length")
+        names = ("classes", "paths", "label", "shard", "offset", "length")
         return {**arrays, **{name: np.array(column) for name, column in zip(names, members, strict=True)}}
 
     stamps = (b"%s %d %d" % (path, (s := os.stat(path)).st_size, s.st_mtime_ns) for path in shards)
@@ -325,7 +325,7 @@ def _shard_index(root: Path, shards: list[bytes], max_pixels: int) -> Index:
         format=arrays["format"],
         problems=_problems(arrays),
         max_pixels=max_pixels,
-        pieces=Pieces(shards, arrays["file"].astype(np.int32), arrays["offset"], arrays["length"]),
+        pieces=Pieces(shards, arrays["shard"].astype(np.int32), arrays["offset"], arrays["length"]),
     )
 
 
@@ -411,13 +411,18 @@ def _listed(path: Path) -> tuple[list[str], list[tuple[bytes, int, int, int]]]:
     if not entries:
         raise DataError(f"{path}: no images; expected `<image> <class>` on each line")
     classes, label = _labels([word for _, word, _ in entries])
-    return classes, [(name, place, s.st_size, s.st_mtime_ns) for (name, _, s), place in zip(entries, label, strict=True)]
+    return classes, [
+        (name, place, s.st_size, s.st_mtime_ns) for (name, _, s), place in zip(entries, label, strict=True)
+    ]
 
 
 def _labels(words: Sequence[str]) -> tuple[list[str], list[int]]:
     """Class names and the place of each word among them; integers from 0 keep their value."""
-    if all(word.isdigit() for word in words):
-        return [str(number) for number in range(max(map(int, words)) + 1)], [int(word) for word in words]
+    if all(word.isdecimal() for word in words):
+        last = max(map(int, words))
+        if last >= beton.MAX_CLASSES:
+            raise DataError(f"label {last}; expected 0 to {beton.MAX_CLASSES - 1}")
+        return [str(number) for number in range(last + 1)], [int(word) for word in words]
     classes = sorted(set(words))
     place = {word: number for number, word in enumerate(classes)}
     return classes, [place[word] for word in words]
@@ -456,8 +461,7 @@ def _members(shards: list[bytes]) -> tuple[Any, ...]:
     if not names:
         raise DataError(f"{os.fsdecode(shards[0])}: no images in the shards, expected {', '.join(EXTENSIONS)}")
     classes, label = _labels(words)
-    file, offset, length = (np.array(column, dtype=np.int64) for column in zip(*places, strict=True))
-    return classes, names, label, file, offset, length
+    return classes, names, label, *(np.array(column, dtype=np.int64) for column in zip(*places, strict=True))
 
 
 def _shard_members(shard: bytes) -> list[tuple[str, str, int, int]]:
@@ -535,7 +539,7 @@ def _piece_header(place: tuple[bytes, int, int]) -> tuple[int, int, str, str]:
     if length == 0:
         return 1, 1, "", "is empty (0 bytes)"
     with open(path, "rb") as file:
-        return _header(io.BufferedReader(_Slice(file, offset, length)))  # type: ignore[type-var]
+        return _header(io.BufferedReader(_Slice(file, offset, length)))
 
 
 class _Slice(io.RawIOBase):
@@ -576,9 +580,7 @@ def _header(file: Any) -> tuple[int, int, str, str]:
         return 1, 1, "", f"is not an image: {_reason(error)}"
 
 
-def _cached(
-    root: Path, stamps: Iterator[bytes], max_pixels: int, scan: Callable[[], dict[str, Any]]
-) -> dict[str, Any]:
+def _cached(root: Path, stamps: Iterator[bytes], max_pixels: int, scan: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """The arrays of `scan`, from the cache if files with the same stamps were scanned before."""
     listing = hashlib.sha256(f"{_FORMAT}\0{max_pixels}\0{root.resolve()}".encode())
     for stamp in stamps:

@@ -117,7 +117,9 @@ class Job:
         count = len(rows)
         width, height = index.width[rows], index.height[rows]
         format = index.format[rows]
-        kind = np.where(np.isin(format, [b"JPEG", b"MPO"]), _JPEG, np.where(format == RAW, _RAW, _SKIP)).astype(np.int32)
+        kind = np.where(np.isin(format, [b"JPEG", b"MPO"]), _JPEG, np.where(format == RAW, _RAW, _SKIP)).astype(
+            np.int32
+        )
         kind[[row in index.problems for row in rows.tolist()]] = _SKIP
         places = [index.location(row) for row in rows.tolist()]
         if memory is None:
@@ -131,7 +133,7 @@ class Job:
             *(_View(v.size, v.interpolation == "bicubic", out.data_ptr()) for v, out in zip(views, outs, strict=True))
         )
         self.status = np.full(count, -1, dtype=np.int32)
-        arrays = {
+        arrays: dict[str, NDArray[Any]] = {
             "kind": kind,
             "data": data,
             "offset": np.array([place[1] for place in places], dtype=np.int64),

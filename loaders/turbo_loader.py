@@ -41,9 +41,7 @@ def open(
     """
     if problem := missing():
         raise DataError(problem)
-    return turbo.Batches(
-        stream, positions, replace=replace, workers=workers, device=device, prefetch=options.prefetch
-    )
+    return turbo.Batches(stream, positions, replace=replace, workers=workers, device=device, prefetch=options.prefetch)
 
 
 def missing() -> str:

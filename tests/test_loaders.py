@@ -430,7 +430,9 @@ def test_every_image_once_and_equal_steps_for_every_remainder(backend, tree):
             seen += [int(row) for batch in loader for row in batch.rows]
             loader.close()
         assert sorted(seen) == rows
-        steps = [take(open_train(data, rank=rank, world_size=world_size), 24 // world_size) for rank in range(world_size)]
+        steps = [
+            take(open_train(data, rank=rank, world_size=world_size), 24 // world_size) for rank in range(world_size)
+        ]
         shown = [int(batch.rows) for batches in steps for batch in batches]
         assert len(set(shown)) == len(shown) == 24 // world_size * world_size
 

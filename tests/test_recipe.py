@@ -89,7 +89,11 @@ def setter(path, value):
         ("method.target_gradient", "all", "method.target_gradient: expected 'none', 'kl' or 'both', got 'all'"),
         ("method.student.weights", "ternary", "method.student.weights: expected 'real' or 'binary'"),
         ("method.name", "brun", "method.name: unknown value 'brun', expected one of burn, classify, moco"),
-        ("data.backend", "dalli", "data.backend: unknown value 'dalli', expected one of dali, ffcv, folder, synthetic, turbo"),
+        (
+            "data.backend",
+            "dalli",
+            "data.backend: unknown value 'dalli', expected one of dali, ffcv, folder, synthetic, turbo",
+        ),
         ("data.views.0.preset", "burnn", "unknown preset 'burnn', expected one of burn, moco_v2"),
         ("data.views.0.size", 112, "data.views.0.size: image side 112 does not fit ReActNet"),
         ("data.eval_view.size", 200, "data.eval_view.size: image side 200 does not fit ReActNet"),

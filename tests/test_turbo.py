@@ -98,7 +98,11 @@ def test_centre_windows_see_what_is_around_them(tmp_path):
     got = cut(index, [0], center, plan.windows[:, 0])[0].numpy().astype(int)
     pixels = index.read(0).permute(1, 2, 0).numpy()
     size = int(72 * 203 / 157), 72
-    whole = Image.fromarray(pixels).resize((size[0], 157), Image.Resampling.BILINEAR).resize(size, Image.Resampling.BILINEAR)
+    whole = (
+        Image.fromarray(pixels)
+        .resize((size[0], 157), Image.Resampling.BILINEAR)
+        .resize(size, Image.Resampling.BILINEAR)
+    )
     left, top = round((size[0] - 64) / 2), 4
     assert np.abs(got - np.array(whole)[top : top + 64, left : left + 64]).max() <= 1
 
@@ -122,7 +126,7 @@ def test_both_paths_give_the_same_pixels_and_flips_are_mirrors(tmp_path):
 def raw_job(index, rows, axes, size=8, **changes):
     """Run windows that no plan would give, straight into the core."""
     crops = Room([view(size)]).crops(len(rows))
-    windows = np.zeros((len(rows), 1, 4)) + [0, 0, 8, 8]
+    windows = np.tile([0.0, 0, 8, 8], (len(rows), 1, 1))
     job = turbo.Job(index, np.array(rows), (view(size),), windows, np.zeros((len(rows), 1), dtype=bool), crops)
     job._kept[3]["windows"][:] = axes  # [b, V, 2, 4]: low, high, start, scale
     job.run_alone()
@@ -177,7 +181,7 @@ def test_whatever_it_takes_the_host_would_take_too(tmp_path):
     for number, body in enumerate(broken):
         (folder / f"b{number:03d}.jpg").write_bytes(body)
     index = open_index(tmp_path / "data", max_pixels=10**8)
-    job = turbo.Job(index, np.arange(len(index)), (view(8),), np.zeros((len(index), 1, 4)) + [16, 8, 8, 8],
+    job = turbo.Job(index, np.arange(len(index)), (view(8),), np.tile([16.0, 8, 8, 8], (len(index), 1, 1)),
                     np.zeros((len(index), 1), dtype=bool), crops := Room([view(8)]).crops(len(index)))  # fmt: skip
     job.run_alone()
     taken = 0

@@ -56,16 +56,16 @@ class Encoder:
             raise BadImage(f"has a side of {longest} pixels, a .beton holds {beton.MAX_SIDE}; give --max-side")
         if mode == "mixed":  # drawn from the row alone: the same file comes out whoever encodes it
             mode = "raw" if random.Random(row).random() < options.raw_share else "jpg"
-        if mode == "jpg" and fits and not options.reencode:
-            content = index.content(row)
-            frame = jpeg_frame(content)
-            if frame and frame.components in (1, 3):
-                return beton.Sample(content, False, width, height, label)
         if not fits:
             height, width = (max(1, side * options.max_side // longest) for side in (height, width))
             pixels = F.resize(pixels, [height, width], antialias=True)
         if mode == "smart":
             mode = "raw" if pixels.numel() <= options.smart_kib * 1024 else "jpg"
+        if mode == "jpg" and fits and not options.reencode:
+            content = index.content(row)
+            frame = jpeg_frame(content)
+            if frame and frame.components in (1, 3):
+                return beton.Sample(content, False, width, height, label)
         return beton.Sample(_bytes(pixels, mode, options.quality), mode == "raw", width, height, label)
 
 
@@ -119,9 +119,7 @@ def convert(options: argparse.Namespace) -> int:
     out.parent.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)  # the threads are ours
     with ThreadPoolExecutor(options.workers) as pool:
-        count = beton.write(
-            out, samples(pool), at_most=len(rows), page_size=options.page_mib << 20, facts=facts
-        )
+        count = beton.write(out, samples(pool), at_most=len(rows), page_size=options.page_mib << 20, facts=facts)
     for entry in left_out:
         print(f"left out: {entry['path']}: {entry['reason']}")
     return count
@@ -162,7 +160,9 @@ def main() -> int:
     parser.add_argument("out", nargs="?", help="the file to write, ending in .beton")
     parser.add_argument("--verify", type=Path, metavar="BETON", help="check this file instead, reading all of it")
     parser.add_argument("--mode", choices=["jpg", "raw", "mixed", "smart"], default="jpg")
-    parser.add_argument("--max-side", type=int, default=500, help="longer images are resized; 0 keeps all (%(default)s)")
+    parser.add_argument(
+        "--max-side", type=int, default=500, help="longer images are resized; 0 keeps all (%(default)s)"
+    )
     parser.add_argument("--quality", type=int, default=90, help="of images that are encoded (%(default)s)")
     parser.add_argument("--reencode", action="store_true", help="encode also what could keep its bytes")
     parser.add_argument("--raw-share", type=float, default=0.5, help="mixed: share of raw images (%(default)s)")
@@ -205,7 +205,8 @@ def main() -> int:
     except OSError as error:
         free = shutil.disk_usage(Path(options.out).parent).free if Path(options.out).parent.exists() else 0
         print(
-            f"error: {error.filename or options.out}: {error.strerror}; {free / 2**30:.1f} GiB are free there, nothing was kept",
+            f"error: {error.filename or options.out}: {error.strerror}; {free / 2**30:.1f} GiB are free there, nothing "
+            "was kept",
             file=sys.stderr,
         )
         return 2

@@ -49,7 +49,9 @@ def machine() -> Iterator[tuple[str, str]]:
     yield "threads", f"{cores} cores, {max(1, cores // ranks)} decoding threads for each of {ranks} rank(s)"
     yield "memory", f"{memory['MemTotal'] / GIB:.1f} GiB, {memory['MemAvailable'] / GIB:.1f} available"
     shm = shutil.disk_usage("/dev/shm")
-    small = " - small: docker run --shm-size 16g, or data.backend=turbo, which does not use it" if shm.total < GIB else ""
+    small = (
+        " - small: docker run --shm-size 16g, or data.backend=turbo, which does not use it" if shm.total < GIB else ""
+    )
     yield "/dev/shm", f"{shm.total / GIB:.1f} GiB, {shm.free / GIB:.1f} free{small}"
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     yield "open files", f"{files}" + (" - few: ulimit -n 4096" if files < 1024 else "")
@@ -70,7 +72,9 @@ def back_ends() -> Iterator[tuple[str, str]]:
         yield "turbo", f"works: libjpeg-turbo {turbo.libjpeg_version()}, {vectors}"
     yield "folder", "works: torchvision's decoders"
     yield "dali", _dali()
-    beton = "works, reads and writes .beton" + ("" if not turbo.why_missing() else " (slowly, without the compiled core)")
+    beton = "works, reads and writes .beton" + (
+        "" if not turbo.why_missing() else " (slowly, without the compiled core)"
+    )
     try:
         importlib.import_module("ffcv")
         yield "ffcv", f"{beton}; the FFCV package is here too ({metadata.version('ffcv')})"
@@ -120,13 +124,13 @@ def step_speed(recipe: Recipe) -> float:
     """Images per second of the recipe's training step on this device, from few steps on synthetic images."""
     on_gpu = torch.cuda.is_available()
     batch = recipe.data.micro_batch if on_gpu else min(8, recipe.data.micro_batch)
+    classes = getattr(recipe.method, "num_classes", 10)
     content: dict[str, Any] = {
         "data.backend": "synthetic",
         "data.batch_size": batch,
         "data.micro_batch": batch,
         "data.expect_images": "null",
-        "data.options": "{num_images: 512, num_val_images: 8, num_classes: %d, side: 256}"
-        % getattr(recipe.method, "num_classes", 10),
+        "data.options": f"{{num_images: 512, num_val_images: 8, num_classes: {classes}, side: 256}}",
     }
     overrides = [*(f"{key}={value}" for key, value in content.items()), "init=[]", "evals=[]", "run.duration=100it"]
     with tempfile.TemporaryDirectory() as folder:
@@ -191,8 +195,8 @@ def _keeps_up(recipe: Recipe) -> None:
     best = found["best"]
     verdict = "keeps up" if speeds[best] >= need else "is the bottleneck: more cores per GPU, or a .beton of raw pixels"
     other = "" if best == recipe.data.backend else f" (the recipe names {recipe.data.backend}; data.backend={best})"
-    print(f"{'verdict':18} the best loader here is {best}{other}; it gives {speeds[best] / need:.1f} x what the step takes "
-          f"and {verdict}")  # fmt: skip
+    print(f"{'verdict':18} the best loader here is {best}{other}; it gives {speeds[best] / need:.1f} x what the step "
+          f"takes and {verdict}")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -85,7 +85,9 @@ def main() -> int:
     try:
         recipe = recipes.load(arguments.recipe, arguments.override)
         reasons = bench.usable(recipe.data)
-        names = arguments.backends or sorted((n for n, reason in reasons.items() if not reason), key=lambda n: n != "folder")
+        names = arguments.backends or sorted(
+            (n for n, reason in reasons.items() if not reason), key=lambda n: n != "folder"
+        )
         for name in names:
             if reason := reasons.get(name, f"no such back end; expected one of {', '.join(reasons)}"):
                 raise DataError(f"--backends: {name}: {reason}")

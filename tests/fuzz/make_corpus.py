@@ -1,6 +1,6 @@
 """Seed inputs for the fuzzer: small JPEGs of every variant, whole and broken, behind varied choices.
 
-    python tests/fuzz/make_corpus.py FOLDER
+python tests/fuzz/make_corpus.py FOLDER
 """
 
 import io
@@ -39,7 +39,9 @@ def main():
     for number, content in enumerate(jpegs()):
         broken = bytearray(content)
         broken[int(rng.integers(len(broken) // 2, len(broken)))] ^= 1 << int(rng.integers(8))
-        for variant, body in enumerate((content, content[: len(content) * 2 // 3], bytes(broken), content + b"trailing")):
+        for variant, body in enumerate(
+            (content, content[: len(content) * 2 // 3], bytes(broken), content + b"trailing")
+        ):
             head = rng.integers(0, 255, HEAD, dtype=np.uint8)
             head[0] &= 1
             (folder / f"{number:03d}_{variant}").write_bytes(head.tobytes() + body)
