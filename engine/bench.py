@@ -87,7 +87,7 @@ def _cpu_seconds() -> float:
                 waiting += [int(child) for child in (thread / "children").read_text().split()]
         except OSError:
             continue  # it has ended
-        total += (int(fields[11]) + int(fields[12])) / _TICKS
+        total += sum(int(ticks) for ticks in fields[11:15]) / _TICKS  # its own, and of its children that ended
     return total
 
 
@@ -265,8 +265,8 @@ def table(result: dict[str, Any]) -> str:
         f"{result['recipe']}: {', '.join(result['views'])}; {result['threads']} threads, batches of {result['batch']}, "
         f"device {result['device']}; median (min to max) of {result['rounds']} rounds",
         "",
-        "| back end | images/s, whole loader | per core | images/s, uint8 crops | CPU ms: read | decode | crop, resize, "
-        "hand over | copy, augment | of the decode floor | first batch, s |",
+        "| back end | images/s, whole loader | per core | images/s, uint8 crops | CPU ms: read | decode "
+        "| crop, resize, hand over | copy, augment | of the decode floor | first batch, s |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     if floor := result["floor"]:

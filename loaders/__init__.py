@@ -228,8 +228,8 @@ def warnings(config: DataConfig, local_world_size: int) -> list[str]:
     if needed <= room:
         return []
     return [
-        f"/dev/shm has {room / 2**20:.0f} MiB free, the {workers} workers may need {needed / 2**20:.0f} and would end with a "
-        "bus error; start docker with --shm-size 16g, lower data.workers, or set data.backend=turbo"
+        f"/dev/shm has {room / 2**20:.0f} MiB free, the {workers} workers may need {needed / 2**20:.0f} and would end "
+        "with a bus error; start docker with --shm-size 16g, lower data.workers, or set data.backend=turbo"
     ]
 
 
