@@ -52,8 +52,9 @@ def conversion(source: Path, index: Index, workers: int, rounds: int) -> list[fl
 
     with tempfile.TemporaryDirectory() as folder:
         options = argparse.Namespace(
-            source=source, out=Path(folder) / "x.beton", mode="jpg", max_side=0, quality=90, reencode=True, raw_share=0.5,
-            smart_kib=360, on_bad_image="stop", quarantine=None, max_pixels=10**8, page_mib=8, workers=workers, limit=None,
+            source=source, out=Path(folder) / "x.beton", mode="jpg", max_side=0, quality=90, reencode=True,
+            raw_share=0.5, smart_kib=360, on_bad_image="stop", quarantine=None, max_pixels=10**8, page_mib=8,
+            workers=workers, limit=None,
         )  # fmt: skip
         return paired(floor, lambda: converter.convert(options), rounds)
 

@@ -198,7 +198,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         colors = ["tab:gray" if n in ("floor",) or "torchvision" in n else "tab:blue" for n in names]
         axis.barh(["decode floor" if n == "floor" else n for n in names], middle, xerr=error, color=colors)
         axis.set_title(TITLES[job], fontsize=10)
-        axis.set_xlabel("images/s, ratio to torchvision on PIL")
+        axis.set_xlabel("images/s over torchvision on PIL")
     figure.savefig(path, dpi=110)
 
 
