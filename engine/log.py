@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from engine import dist
 from engine.schedules import Horizon
+from loaders import turbo
 
 logger = logging.getLogger("burn")
 
@@ -56,6 +57,8 @@ def versions() -> dict[str, str]:
     """Of the packages that numbers and pixels depend on."""
     packages = ("torchvision", "numpy", "pillow", "nvidia-dali-cuda120", "nvidia-dali-cuda130")
     found: dict[str, str] = {"torch": str(torch.__version__)}
+    if not turbo.why_missing():
+        found["libjpeg-turbo"] = turbo.libjpeg_version()
     for package in packages:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)

@@ -30,7 +30,7 @@ def augmenter(device: torch.device) -> Callable[..., Tensor]:
     """The form of `augment_batch` for a device: compiled on a GPU, image by image on a CPU."""
     if device.type == "cpu":
         return functools.partial(augment_batch, alone=True)
-    return functools.partial(augment_batch, together=torch.compile(_together, fullgraph=True, dynamic=False))
+    return functools.partial(augment_batch, together=torch.compile(_together, dynamic=False))
 
 
 @functools.cache
@@ -68,7 +68,9 @@ def augment_batch(
     if not alone:
         jitter = jitter_slots(color) if any(view.jitter for view in views) else None
         gray, solarize = any(view.gray for view in views), any(view.solarize for view in views)
-        return (together or _together)(images, color, jitter, gray, radius, solarize, mean, std)
+        # Evaluations, whose last batch has a size of its own, have nothing to fuse: they are not worth a compilation.
+        form = together if together and (jitter or gray or radius or solarize) else _together
+        return form(images, color, jitter, gray, radius, solarize, mean, std)
     x = _to_float(images)
     for image, drawn in zip(x, color.tolist(), strict=True):
         _augment_one(image, drawn, radius)

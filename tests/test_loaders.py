@@ -198,6 +198,32 @@ def test_back_ends_cut_the_same_pixels_as_folder(backend, mean, most, tree):
             assert difference.amax() <= most
 
 
+@pytest.mark.parametrize(("backend", "most"), [("dali", 8), ("turbo", 1), ("ffcv", 1)])
+def test_pixels_agree_for_every_jpeg_variant_and_filter(backend, most, tmp_path):
+    # Crops as they are handed over, colours out of the way: mean at most 2 of 255, 99.9 % within `most` levels.
+    root = tmp_path / "data"
+    (root / "class0").mkdir(parents=True)
+    variants = [{"subsampling": s, "progressive": p} for s in (0, 1, 2) for p in (False, True)] * 2
+    for number, options in enumerate([*variants, {}, {}, {}, {}]):
+        image = Image.fromarray(picture(number, 120 + 7 * number, 150))
+        image = image.convert("L") if number > 13 else image
+        image.save(root / "class0" / f"{number:02d}.jpg", quality=90, **options)
+    views = tuple(
+        View(size=size, crop="random", scale=(0.2, 1.0), flip=0.5, interpolation=filter)
+        for size, filter in ((64, "bilinear"), (64, "bicubic"), (96, "bicubic"))
+    )
+    one, other = (take(open_train(config(name, root, views=views)), 8) for name in ("folder", backend))
+    apart = torch.cat(
+        [
+            ((x - y).abs() * 255 * torch.tensor(config("folder", root).std)[:, None, None]).flatten()
+            for a, b in zip(one, other, strict=True)
+            for x, y in zip(a.views, b.views, strict=True)
+        ]
+    )
+    assert apart.mean() <= 2
+    assert apart.kthvalue(int(0.999 * len(apart))).values <= most + 0.01
+
+
 def test_folder_is_torchvision(tree):
     """The torch back end against torchvision's own transforms on PIL images: at most 2 levels apart."""
     from torchvision.transforms import functional as F
