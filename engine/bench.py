@@ -29,7 +29,6 @@ from loaders.views import View
 
 WARM_UP = 6  # batches, more than any back end prefetches per worker and enough for its first ones to be over
 _TICKS = os.sysconf("SC_CLK_TCK")
-NAMES = {"floor": "decode floor (libjpeg-turbo, read and decode only)"}
 
 
 class Arm(NamedTuple):
@@ -77,7 +76,7 @@ def measure(arms: Sequence[Arm], *, batch: int, batches: int, rounds: int) -> di
 
 
 def _cpu_seconds() -> float:
-    """CPU time of this process and its living descendants."""
+    """CPU time of this process and its descendants, those included that have ended and were waited for."""
     total, waiting = 0.0, [os.getpid()]
     while waiting:
         process = waiting.pop()
@@ -135,9 +134,7 @@ def floor_arm(index: Index, batch: int, threads: int, seed: int) -> Arm:
     return Arm("floor", lambda: Floor(index, rows(), threads))
 
 
-def crops_arm(
-    backend: str, index: Index, views: Sequence[View], batch: int, threads: int, seed: int, **options: Any
-) -> Arm:
+def crops_arm(backend: str, index: Index, views: Sequence[View], batch: int, threads: int, seed: int) -> Arm:
     """A back end alone: uint8 crops on the host, nothing after."""
     module = loaders.load(backend)
     device = torch.device("cpu")
@@ -145,7 +142,7 @@ def crops_arm(
     def open_backend() -> Iterator[HostBatch]:
         stream = Stream(index, views, seed)
         return module.open(
-            stream, _positions(batch), replace=True, workers=threads, device=device, options=module.Options(**options)
+            stream, _positions(batch), replace=True, workers=threads, device=device, options=module.Options()
         )
 
     return Arm(backend, open_backend)
@@ -271,7 +268,8 @@ def table(result: dict[str, Any]) -> str:
     ]
     if floor := result["floor"]:
         lines.append(
-            f"| {NAMES['floor']} | | | {spread(floor['images_per_second'], 0)} | {median(floor['cpu_ms']):.2f} in all "
+            f"| decode floor (libjpeg-turbo) | | | {spread(floor['images_per_second'], 0)} "
+            f"| {median(floor['cpu_ms']):.2f} in all "
             "| | | | 1.00 | |"
         )
     for name, found in result["backends"].items():
