@@ -109,17 +109,19 @@ def _parameters(recipe: Recipe, method: methods.Method) -> list[str]:
 
 
 def _cost(recipe: Recipe, method: methods.Method, images: float | None) -> list[str]:
-    lines = ["", f"{'forward of one image':24}{'float GMACs':>14}{'binary GMACs':>14}{'OPs (1e9)':>11}"]
+    lines = ["", f"{'forward of one view':24}{'float GMACs':>14}{'binary GMACs':>14}{'OPs (1e9)':>11}"]
     macs = 0.0
-    for name, part in method.named_children():
+    for name, part in method.named_modules():
         if not isinstance(part, backbones.Backbone):
             continue
-        counted = cost.count(part, recipe.data.views[0].size)
-        float_gmacs, binary_gmacs, ops = (x / 1e9 for x in (counted.float_macs, counted.binary_macs, counted.ops))
+        sizes = [view.size for view in recipe.data.views[: method.views_per_backbone]]
+        counted = [cost.count(part, size) for size in sizes]
+        first = counted[0]
+        float_gmacs, binary_gmacs, ops = (x / 1e9 for x in (first.float_macs, first.binary_macs, first.ops))
         lines.append(f"{name:24}{float_gmacs:>14.3f}{binary_gmacs:>14.3f}{ops:>11.4f}")
         is_trained = any(p.requires_grad for p in part.parameters())
         # Training runs binary convolutions as dense ones; backward costs twice the forward.
-        macs += (counted.float_macs + counted.binary_macs) * method.views_per_backbone * (3 if is_trained else 1)
+        macs += sum(c.float_macs + c.binary_macs for c in counted) * (3 if is_trained else 1)
     total = f", {2 * macs * images / 1e18:.3g} EFLOP for the run" if images else ""
     lines.append(f"training: {2 * macs / 1e9:.1f} GFLOP an image in the backbones (2 per multiply-accumulate){total}")
     return lines

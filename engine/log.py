@@ -253,7 +253,7 @@ def _line(step: int, horizon: Horizon, scalars: dict[str, Any], evaluation: str 
             words.append(f"{scalar:.0f} img/s")
         elif name == "memory_gib":
             words.append(f"{scalar:.2f} GiB")
-        elif name != "seconds":
+        elif name != "seconds" and "/" not in name:  # monitors are for TensorBoard and the report
             words.append(f"{name} {scalar:.4g}" if isinstance(scalar, int | float) else f"{name} {scalar}")
     return "  ".join(words)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,7 +14,8 @@ from engine.recipe import OptimConfig, RecipeError
 def build(config: OptimConfig, module: nn.Module) -> torch.optim.Optimizer:
     """The optimizer over everything in `module` that trains; learning rate and decay come with `apply`.
 
-    A group holds the parameters of equal `lr_scale` that are all decayed or all exempt from weight decay.
+    A group holds the parameters of equal `lr_scale` that are all decayed or all exempt from weight decay (and from
+    LARS's rates).
 
     Raises:
         RecipeError: `lr_scale` names a part that the method has not, or that does not train.
@@ -30,11 +32,64 @@ def build(config: OptimConfig, module: nn.Module) -> torch.optim.Optimizer:
         {"params": parameters, "lr_scale": scale, "decayed": decayed}
         for (scale, decayed), parameters in members.items()
     ]
+    if config.name in ("lars", "larc"):
+        return LARS(groups, momentum=config.momentum, trust=config.trust, rate_in_buffer=config.name == "lars")
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=0.0, momentum=config.momentum, nesterov=config.nesterov)
     kind = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
     fused = all(parameter.is_cuda for parameter in trained.values())
     return kind(groups, lr=0.0, betas=config.betas, eps=config.eps, weight_decay=0.0, fused=fused)
+
+
+class LARS(torch.optim.Optimizer):
+    """SGD whose step of each tensor is scaled by ‖w‖ / ‖g + λw‖ (You, Gitman and Ginsburg 2017).
+
+    With d = g + λw and r = trust · ‖w‖ / (‖g‖ + λ‖w‖); r = 1 for tensors exempt from decay and for those that are all
+    zero, which could otherwise never move; r = 0 where the gradient is all zero, so that decay alone moves nothing:
+    `lars`: v <- μv + lr · r · d, w <- w - v (BYOL; OpenSelfSup).
+    `larc`: v <- μv + r · d, w <- w - lr · v (NVIDIA apex without clipping; SwAV).
+    Nothing here waits for the device.
+
+    Args:
+        params: groups with `lr`, `weight_decay` and `decayed`.
+        momentum: μ.
+        trust: the trust coefficient, 1e-3 in both papers' code.
+        rate_in_buffer: `lars` rather than `larc`.
+    """
+
+    def __init__(
+        self, params: Iterable[dict[str, Any]], *, momentum: float, trust: float, rate_in_buffer: bool
+    ) -> None:
+        defaults = {"lr": 0.0, "weight_decay": 0.0, "decayed": True, "momentum": momentum, "trust": trust}
+        super().__init__(params, {**defaults, "rate_in_buffer": rate_in_buffer})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update of all parameters that have a gradient."""
+        for group in self.param_groups:
+            weights = [p for p in group["params"] if p.grad is not None]
+            if not weights:
+                continue
+            for weight in weights:
+                if not self.state[weight]:
+                    self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+            buffers = [self.state[weight]["momentum_buffer"] for weight in weights]
+            gradients = [weight.grad for weight in weights]
+            updates = torch._foreach_add(gradients, weights, alpha=group["weight_decay"])
+            if group["decayed"]:
+                torch._foreach_mul_(updates, self._rates(weights, gradients, group))
+            lr = group["lr"]
+            torch._foreach_mul_(buffers, group["momentum"])
+            torch._foreach_add_(buffers, updates, alpha=lr if group["rate_in_buffer"] else 1.0)
+            torch._foreach_add_(weights, buffers, alpha=-1.0 if group["rate_in_buffer"] else -lr)
+
+    @staticmethod
+    def _rates(weights: list[Any], gradients: list[Any], group: dict[str, Any]) -> list[torch.Tensor]:
+        w_norm = torch.stack(torch._foreach_norm(weights))  # [number of tensors]
+        g_norm = torch.stack(torch._foreach_norm(gradients))
+        rate = group["trust"] * w_norm / (g_norm + group["weight_decay"] * w_norm)
+        rate = torch.where(w_norm > 0, rate, torch.ones_like(rate))
+        return list(torch.where(g_norm > 0, rate, torch.zeros_like(rate)).unbind())
 
 
 def is_weight(parameter: torch.Tensor) -> bool:

@@ -40,14 +40,18 @@ Momentum = Annotated[float, Field(ge=0, lt=1)]
 class OptimConfig(_Section):
     """The optimizer; its learning rate and weight decay are in `schedules`."""
 
-    name: Literal["adam", "adamw", "sgd"]
+    name: Literal["adam", "adamw", "sgd", "lars", "larc"]
+    """`lars` (You et al. 2017) and `larc` (NVIDIA's, as SwAV uses it): SGD with a rate for each tensor, in the
+    momentum buffer or after it (`engine/optim.py`)."""
     betas: tuple[Momentum, Momentum] = (0.9, 0.999)
     eps: float = Field(default=1e-8, gt=0)
     momentum: Momentum = 0.9
     nesterov: bool = False
     decay: Literal["all", "weights"] = "all"
-    """What weight decay applies to: every parameter, or only those with more than one axis of length above 1
-    (so neither biases, nor BatchNorm, PReLU slopes and learned shifts)."""
+    """What weight decay, and the rate for each tensor of lars and larc, apply to: every parameter, or only those
+    with more than one axis of length above 1 (so neither biases, nor BatchNorm, PReLU slopes and learned shifts)."""
+    trust: float = Field(default=1e-3, gt=0)
+    """lars, larc: a tensor's step at lr 1, as a share of its own norm."""
     lr_scale: dict[str, Annotated[float, Field(gt=0)]] = {}
     """Part of the method -> factor on its learning rate, 1 where a part is not named."""
 
@@ -196,12 +200,13 @@ def _named(content: dict[str, Any], section: str, key: str, known: list[str], lo
 def _cross_check(recipe: Recipe, path: Path) -> None:
     """What no section can know alone."""
     method = methods.load(recipe.method.name).Method
-    if len(recipe.data.views) != method.num_views:
+    views, wants = len(recipe.data.views), recipe.method.num_views
+    if views < wants or (views > wants and not recipe.method.takes_more_views):
+        least = "at least " if recipe.method.takes_more_views else ""
         raise RecipeError(
-            f"{path}: data.views: expected {method.num_views} for method {recipe.method.name}, "
-            f"got {len(recipe.data.views)}"
+            f"{path}: data.views: expected {least}{wants} for method {recipe.method.name}, got {views}"
         )
-    wanted, optional = {"lr", *method.schedules}, {"weight_decay"}
+    wanted, optional = {"lr", *recipe.method.schedules}, {"weight_decay"}
     for name in wanted - set(recipe.schedules):
         raise RecipeError(f"{path}: schedules.{name}: missing, method {recipe.method.name} needs it")
     for name in set(recipe.schedules) - wanted - optional:
@@ -211,7 +216,7 @@ def _cross_check(recipe: Recipe, path: Path) -> None:
             raise RecipeError(
                 f"{path}: evals.{number}.kind: method {recipe.method.name} has no classifier to measure, expected knn"
             )
-    for name in method.schedules:  # λ, momenta: each weighs one thing against another
+    for name in recipe.method.schedules:  # λ, momenta: each weighs one thing against another
         schedule = recipe.schedules[name]
         if max(schedule.start, schedule.end) > 1:
             raise RecipeError(f"{path}: schedules.{name}: expected values from 0 to 1")

@@ -74,14 +74,14 @@ class Schedule(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
-    shape: Literal["constant", "cosine", "linear", "step"] = "constant"
+    shape: Literal["constant", "cosine", "linear", "step", "switch"] = "constant"
     start: float = Field(ge=0)
     end: float = Field(default=0.0, ge=0)
-    """Value at the end of the run (cosine, linear)."""
+    """Value at the end of the run (cosine, linear), or from the milestone on (switch)."""
     per: Literal["step", "epoch"] = "step"
     """Whether the value moves at every step or stays constant for an epoch (cosine, linear)."""
     milestones: tuple[Duration, ...] = ()
-    """When `step` multiplies by `gamma`."""
+    """When `step` multiplies by `gamma`; the one moment of `switch`."""
     gamma: float = Field(default=0.1, gt=0)
     warmup: Duration = "0it"
     """The first part of the run, where the value is also multiplied by a line from `warmup_ratio` to 1."""
@@ -98,8 +98,10 @@ class Schedule(BaseModel):
 
     @model_validator(mode="after")
     def _has_milestones(self) -> Schedule:
-        if (self.shape == "step") != bool(self.milestones):
-            raise ValueError("milestones: expected with shape: step, and only there")
+        if (self.shape in ("step", "switch")) != bool(self.milestones):
+            raise ValueError("milestones: expected with shape: step or switch, and only there")
+        if self.shape == "switch" and len(self.milestones) != 1:
+            raise ValueError(f"milestones: expected one with shape: switch, got {len(self.milestones)}")
         return self
 
 
@@ -118,9 +120,9 @@ def value(schedule: Schedule, step: int, horizon: Horizon) -> float:
         now = end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
     elif schedule.shape == "linear":
         now = start + (end - start) * progress
-    elif schedule.shape == "step":
+    elif schedule.shape in ("step", "switch"):
         passed = sum(step >= to_steps(milestone, horizon) for milestone in schedule.milestones)
-        now = start * schedule.gamma**passed
+        now = start * schedule.gamma**passed if schedule.shape == "step" else end if passed else start
     else:
         now = start
     warmup = to_steps(schedule.warmup, horizon)

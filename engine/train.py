@@ -21,6 +21,7 @@ import loaders
 from engine import checkpoint, dist, evals, optim
 from engine.dist import World
 from engine.log import Clock, Meter, RunLog, duration, environment, logger, versions
+from engine.monitors import IMAGES, Monitors
 from engine.recipe import Recipe, RecipeError, micro_steps
 from engine.schedules import Horizon, due, value
 from loaders import DataError, Index
@@ -115,7 +116,7 @@ class Trainer:
             self.model = DistributedDataParallel(self.method, device_ids=device_ids, **options)
         self.method.train()
         self.trained = [p for p in self.method.parameters() if p.requires_grad]
-        self.values = {name: torch.zeros((), device=world.device) for name in self.method.schedules}
+        self.values = {name: torch.zeros((), device=world.device) for name in recipe.method.schedules}
         self._guarded = self.steps_done > 0  # a run that has passed once may go on, whatever became of it
         self._signal: int | None = None
 
@@ -146,8 +147,11 @@ class Trainer:
                 self.scaler.scale(scalars["loss"] / self.micro_steps).backward()
             bad |= ~scalars["loss"].detach().isfinite()
             self.meter.add(scalars)
+        if due(self.steps_done + 1, self.recipe.run.log_every, self.horizon):
+            self._watched = batch.views[0][:IMAGES].clone()
         if not self._guarded:
             self._guard()
+        self.method.before_update(now)
         self.scaler.unscale_(self.optimizer)
         norm = optim.gradient_norm(self.trained)
         # With a loss scaler an overflow skips a step; too many in a row, or any without one, end the run.
@@ -260,6 +264,7 @@ class Trainer:
 
     def _log_step(self, step: int) -> None:
         now = {name: value(s, step - 1, self.horizon) for name, s in self.recipe.schedules.items()}
+        self.meter.add(self.monitors.read(self._watched))
         images_left = (self.horizon.total_steps - step) * self.recipe.data.batch_size
         row = {**self.meter.read(), **now, **self.clock.read(images_left)}
         if self.log:
@@ -281,6 +286,7 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
             "skipped": self._skipped,
             "meter": self.meter.state_dict(),
+            "monitors": self.monitors.state_dict(),
             "seconds": self.clock.seconds,
             "bad_images": {p: reason for bad in dist.gather_objects(self.bad_images) for p, reason in bad.items()},
             "total_steps": self.horizon.total_steps,
@@ -350,6 +356,7 @@ class Trainer:
             follows = any(prefix.startswith(name) for prefix in self.method.moved_after_step)
             if frozen and not follows and name not in given and self.world.is_main:
                 logger.warning(f"{name} is frozen and random: no entry of init loads it")
+        self.monitors = Monitors(self.method)
 
     def _restore(self, path: Path, allow_changes: bool) -> None:
         state = checkpoint.load(path)
@@ -367,6 +374,8 @@ class Trainer:
         self.scaler.load_state_dict(state["scaler"])
         self._skipped = state["skipped"].to(self.world.device)
         self.meter.load_state_dict(state["meter"], self.world.rank)
+        self.monitors = Monitors(self.method)
+        self.monitors.load_state_dict(state["monitors"])
         self.clock.seconds = state["seconds"]
         self.bad_images = state["bad_images"]
         self.steps_done = state["step"]

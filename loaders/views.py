@@ -10,8 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Probability = Field(default=0.0, ge=0, le=1)
 
 # Sources: BURN's stage configurations (methods of the release, both views alike); He et al. 2020 / Chen et al.
-# 2020 for MoCo v2; Caron et al. 2020 for SwAV; the usual linear-evaluation and validation transforms (ResNet,
-# torchvision's reference).
+# 2020 for MoCo v2; Shen et al. 2021 for S2-BNN; Caron et al. 2020 for SwAV; Grill et al. 2020 for BYOL; the usual
+# linear-evaluation and validation transforms (ResNet, torchvision's reference).
 _SWAV: dict[str, Any] = {
     "crop": "random",
     "flip": 0.5,
@@ -22,6 +22,32 @@ _SWAV: dict[str, Any] = {
     "hue": 0.2,
     "gray": 0.2,
     "blur": 0.5,
+}
+_MOCO: dict[str, Any] = {
+    "crop": "random",
+    "size": 224,
+    "scale": (0.2, 1.0),
+    "flip": 0.5,
+    "jitter": 0.8,
+    "brightness": 0.4,
+    "contrast": 0.4,
+    "saturation": 0.4,
+    "hue": 0.1,
+    "gray": 0.2,
+    "blur": 0.5,
+}
+_BYOL: dict[str, Any] = {
+    "crop": "random",
+    "size": 224,
+    "scale": (0.08, 1.0),
+    "interpolation": "bicubic",
+    "flip": 0.5,
+    "jitter": 0.8,
+    "brightness": 0.4,
+    "contrast": 0.4,
+    "saturation": 0.2,
+    "hue": 0.1,
+    "gray": 0.2,
 }
 PRESETS: dict[str, dict[str, Any]] = {
     "burn": {
@@ -38,22 +64,15 @@ PRESETS: dict[str, dict[str, Any]] = {
         "gray": 0.2,
         "blur": 0.2,
     },
-    "moco_v2": {
-        "crop": "random",
-        "size": 224,
-        "scale": (0.2, 1.0),
-        "flip": 0.5,
-        "jitter": 0.8,
-        "brightness": 0.4,
-        "contrast": 0.4,
-        "saturation": 0.4,
-        "hue": 0.1,
-        "gray": 0.2,
-        "blur": 0.5,
-    },
+    "moco_v2": _MOCO,
     # Caron et al. 2020, section 4 and appendix: 2 x 224 from 14 to 100 % of the area, 6 x 96 from 5 to 14 %.
     "swav_large": {**_SWAV, "size": 224, "scale": (0.14, 1.0)},
     "swav_small": {**_SWAV, "size": 96, "scale": (0.05, 0.14)},
+    # S2-BNN, lighter for a binary network: jitter 0.6 instead of 0.8, blur 0.2 instead of 0.5.
+    "s2bnn": {**_MOCO, "jitter": 0.6, "blur": 0.2},
+    # Grill et al. 2020, appendix B, with OpenSelfSup's bicubic crops: always blurred, or rarely and solarised.
+    "byol_first": {**_BYOL, "blur": 1.0},
+    "byol_second": {**_BYOL, "blur": 0.1, "solarize": 0.2},
     "crop_flip": {"crop": "random", "size": 224, "scale": (0.08, 1.0), "flip": 0.5},
     "validation": {"crop": "center", "size": 224, "resize": 256},
 }

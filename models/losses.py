@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.collectives import all_reduce_sum
+
 
 def _wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
@@ -40,6 +42,39 @@ def info_nce(query_BD: Tensor, key_BD: Tensor, queue_DK: Tensor, temperature: fl
     target = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
     hits = (logits.detach()[:, 1:] < logits.detach()[:, :1]).all(dim=1).float().mean()
     return F.cross_entropy(logits, target), hits
+
+
+def cross_entropy_with(target_BC: Tensor, logits_BC: Tensor, temperature: float) -> Tensor:
+    """-Σ_c target_c · log softmax(logits / T)_c for each image: [B]; rows of the target sum to 1."""
+    return -(_wide(target_BC) * F.log_softmax(_wide(logits_BC) / temperature, dim=1)).sum(dim=1)
+
+
+def soft_cross_entropy(student_BC: Tensor, teacher_BC: Tensor, temperature: float) -> Tensor:
+    """H(softmax(t / T), softmax(s / T)) for each image: [B]. KL divergence plus the teacher's entropy, so with a
+    frozen teacher its gradient (S2-BNN, eq. 4; ReActNet's distributional loss at T = 1)."""
+    return cross_entropy_with(F.softmax(_wide(teacher_BC) / temperature, dim=1), student_BC, temperature)
+
+
+@torch.no_grad()
+def sinkhorn(scores_GBK: Tensor, rows_GB: Tensor, epsilon: float, iterations: int) -> Tensor:
+    """Assign images to K prototypes so that each prototype gets an equal share (SwAV, eq. 3 and appendix A.1).
+
+    Over all ranks: each holds its own images, and every rank's part is that of one process on all of them.
+
+    Args:
+        scores_GBK: [G, B, K], cosines of G independent assignments.
+        rows_GB: [G, B], 1 for an image that takes part and 0 for one that does not, whose result means nothing.
+        epsilon: the smaller, the nearer to a hard assignment.
+
+    Returns:
+        [G, B, K] in at least float32, rows sum to 1.
+    """
+    # Cosines are at most 1, so exp of (s - 1)/ε cannot overflow; a common factor changes nothing.
+    plan = torch.exp((_wide(scores_GBK) - 1) / epsilon) * rows_GB[..., None]
+    for _ in range(iterations):
+        plan = plan / all_reduce_sum(plan.sum(dim=1, keepdim=True))  # each prototype: 1
+        plan = plan / (plan.sum(dim=2, keepdim=True) + (1 - rows_GB[..., None]))  # each image: 1
+    return plan
 
 
 @torch.no_grad()

@@ -7,8 +7,8 @@ files of tensors, read with `weights_only=True`):
 |---|---|
 | a checkpoint of this engine | the method's children: `student`, `student_head`, `teacher`, `backbone`, ... |
 | BURN: training checkpoint, extracted backbone, "multi" file | `student`, `student_head`, `teacher`, `teacher_head` |
-| ReActNet (liuzechun/ReActNet), S2-BNN (szq0214/S2-BNN) | `backbone` |
-| MoCo (`module.encoder_q.*`), torchvision, plain ResNet | `backbone` |
+| ReActNet (liuzechun/ReActNet), S2-BNN (szq0214/S2-BNN) | `backbone`; `head` of S2-BNN |
+| MoCo (`module.encoder_q.*`), torchvision, plain ResNet | `backbone`; `head` of MoCo, `classifier` of torchvision |
 """
 
 from __future__ import annotations
@@ -117,10 +117,19 @@ def _split(content: Any, path: Path) -> dict[str, State]:
     if any(key.startswith("encoder_q.") for key in state):
         state = _strip(state, "encoder_q.")
     if "feature.0.conv1.weight" in state:
+        if "fc.2.weight" in state:  # S2-BNN's projection head, whose first layer BURN keeps as `fc` of the backbone
+            head = _head(state)
+            part = _reactnet({key: value for key, value in state.items() if not key.startswith("fc.")})
+            return {"student": part, "backbone": part, "head": head}
         part = _reactnet(state)
         return {"student": part, "backbone": part}
     if "conv1.weight" in state and "layer1.0.conv1.weight" in state:
-        return {"backbone": {key: value for key, value in state.items() if not key.startswith("fc.")}}
+        parts = {"backbone": {key: value for key, value in state.items() if not key.startswith("fc.")}}
+        if "fc.2.weight" in state:  # MoCo's projection head
+            parts["head"] = _head(state)
+        elif "fc.weight" in state:
+            parts["classifier"] = _strip(state, "fc.")
+        return parts
     raise WeightsError(f"{path}: unknown layout, its first keys are {', '.join(list(state)[:3])}")
 
 
@@ -152,6 +161,11 @@ def _by_first_name(state: Mapping[str, Tensor]) -> dict[str, State]:
         if rest:
             parts.setdefault(first, {})[rest] = value
     return parts
+
+
+def _head(state: State) -> State:
+    """The two-layer projection of MoCo and S2-BNN, `fc.0` and `fc.2` there."""
+    return {f"fc{place // 2}.{leaf}": state[f"fc.{place}.{leaf}"] for place in (0, 2) for leaf in ("weight", "bias")}
 
 
 def _strip(state: State, prefix: str) -> State:

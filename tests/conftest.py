@@ -41,6 +41,8 @@ def tiny_overrides(path: Path, folder: Path) -> list[str]:
     """What shrinks a recipe to seconds: small networks on synthetic images; methods and structure stay."""
     content = recipes.load(path)
     method = content.method
+    sizes = sorted({view.size for view in content.data.views})
+    small = dict(zip(sizes, (32, 64), strict=False))
     overrides = [
         f"run.folder={folder}",
         "data.backend=synthetic",
@@ -49,7 +51,8 @@ def tiny_overrides(path: Path, folder: Path) -> list[str]:
         "data.batch_size=16",
         "data.micro_batch=8",
         "data.eval_view={crop: center, size: 32, resize: 32}",
-        "data.views=" + json.dumps([{**view.model_dump(), "size": 32} for view in content.data.views]),
+        # Two sizes stay two sizes: the smaller crops of multi-crop keep a resolution of their own.
+        "data.views=" + json.dumps([{**v.model_dump(), "size": small[v.size]} for v in content.data.views]),
         "run.duration=6it",
         "run.log_every=1it",
         "run.save_every=2it",
@@ -70,8 +73,29 @@ def tiny_overrides(path: Path, folder: Path) -> list[str]:
             "method.out_dim=8",
             "method.queue_size=48",
         ]
+    elif method.name == "s2bnn":
+        overrides += [
+            f"method.backbone={STUDENT % method.backbone.weights}",
+            "method.teacher={arch: reactnet, width: 2, weights: real, activations: real}",
+            "method.out_dim=8",
+            "method.queue_size=48",
+        ]
+    elif method.name == "byol":
+        overrides += [f"method.backbone={STUDENT % 'binary'}", "method.hidden_dim=8", "method.out_dim=8"]
+    elif method.name == "swav":
+        overrides += [
+            f"method.backbone={STUDENT % 'binary'}",
+            "method.hidden_dim=8",
+            "method.out_dim=8",
+            "method.num_prototypes=10",
+            "method.queue_size=32",
+            "schedules.prototypes.milestones=[1it]",
+            "schedules.queue.milestones=[1it]",
+        ]
     else:
         overrides += [f"method.backbone={STUDENT % method.backbone.weights}", "method.num_classes=4"]
+        if method.teacher is not None:
+            overrides += ["method.teacher={arch: reactnet, width: 2, weights: real, activations: real}"]
     if content.evals:
         overrides += ["evals.0.every=3it"]
     return overrides

@@ -245,7 +245,12 @@ def test_reactnet_and_s2bnn_layouts(tmp_path):
         p = f"module.encoder_q.feature.{i}."
         for extra in ("binary_pw.weight", "bn2.weight", "binary_pw_down1.weight", "bn2_1.bias"):
             s2.setdefault(p + extra, torch.randn(3))
-    s2["module.encoder_q.fc.2.weight"] = torch.randn(3)
+    projection = {f"fc.{i}.{leaf}": torch.randn(3) for i in (0, 2) for leaf in ("weight", "bias")}
+    s2 |= {f"module.encoder_q.{key}": value for key, value in projection.items()}
+    head = weights.split({"state_dict": s2}, tmp_path)["head"]
+    assert {k: v.tolist() for k, v in head.items()} == {
+        k.replace("fc.0", "fc0").replace("fc.2", "fc1"): v.tolist() for k, v in projection.items()
+    }
     for content in (flat, s2):
         got = weights.split({"state_dict": content}, tmp_path)["backbone"]
         assert got.keys() == {k for k in expected if not k.startswith("fc.")}
@@ -278,9 +283,27 @@ def test_moco_file(tmp_path):
 
     net = torchvision.models.resnet18(weights=None)
     state = {f"module.encoder_q.{k}": v for k, v in net.state_dict().items() if not k.startswith("fc.")}
-    state["module.encoder_q.fc.0.weight"] = torch.randn(3)
-    part = weights.split({"state_dict": state}, tmp_path)["backbone"]
-    weights.load_part(ResNet(ResNetConfig(arch="resnet18")), part, part="backbone", path=tmp_path)
+    head = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 128))
+    state |= {f"module.encoder_q.fc.{k}": v for k, v in head.state_dict().items()}
+    parts = weights.split({"state_dict": state}, tmp_path)
+    weights.load_part(ResNet(ResNetConfig(arch="resnet18")), parts["backbone"], part="backbone", path=tmp_path)
+    ours = MLP(512, 512, 128, norm=False)
+    weights.load_part(ours, parts["head"], part="head", path=tmp_path)
+    x = torch.randn(3, 512)
+    assert torch.equal(ours(x), head(x))
+
+
+def test_torchvision_file_brings_its_classifier(tmp_path):
+    import torchvision
+
+    net = torchvision.models.resnet18(weights=None, num_classes=7)
+    torch.save(net.state_dict(), tmp_path / "resnet18.pth")
+    parts = weights.read(tmp_path / "resnet18.pth")
+    backbone, classifier = ResNet(ResNetConfig(arch="resnet18")), nn.Linear(512, 7)
+    weights.load_part(backbone, parts["backbone"], part="backbone", path=tmp_path)
+    weights.load_part(classifier, parts["classifier"], part="classifier", path=tmp_path)
+    x = torch.randn(2, 3, 64, 64)
+    assert torch.allclose(classifier(backbone.eval()(x)), net.eval()(x), atol=1e-5)
 
 
 def test_wrong_keys_are_all_listed(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from types import ModuleType
+from typing import ClassVar
 
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
@@ -14,6 +15,13 @@ class MethodConfig(BaseModel):
     """Base of every method's `Config`: immutable, unknown keys refused, no silent type conversion."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    num_views: ClassVar[int] = 1
+    """Views of each image that the method wants; a property where that depends on keys."""
+    takes_more_views: ClassVar[bool] = False
+    """Whether further views are welcome, as in multi-crop."""
+    schedules: ClassVar[tuple[str, ...]] = ()
+    """Scalars from 0 to 1 beside `lr` and `weight_decay` that the recipe must schedule; `forward` and the hooks
+    get them. Like `num_views` a property where they depend on keys."""
     name: str
 
 
@@ -24,12 +32,8 @@ class Method(nn.Module):
     new method is; recipes find it by its file name.
     """
 
-    num_views: int = 1
-    """Views of each image that `forward` wants."""
-    views_per_backbone: int = 1
-    """Of these, how many each backbone runs: for the cost that `--dry-run` prints."""
-    schedules: tuple[str, ...] = ()
-    """Scalars beside `lr` and `weight_decay` that the recipe must schedule, given to `forward` and `after_step`."""
+    views_per_backbone: int | None = 1
+    """How many views each backbone runs, None for all: for the cost that `--dry-run` prints."""
     classifies: bool = False
     """Whether the method has `logits`, which the `accuracy` evaluation needs."""
     moved_after_step: tuple[str, ...] = ()
@@ -39,7 +43,7 @@ class Method(nn.Module):
         """Compute the loss of one micro-batch.
 
         Args:
-            views: `num_views` tensors [B, 3, H, W], normalised, channels_last.
+            views: tensors [B, 3, H, W], normalised, channels_last.
             label: [B] int64; ignored by the methods that learn without labels.
             values: the scheduled scalars of this step as 0-d tensors on the device.
 
@@ -48,8 +52,16 @@ class Method(nn.Module):
         """
         raise NotImplementedError
 
+    def before_update(self, values: dict[str, float]) -> None:
+        """Change or drop gradients before the optimizer takes them. Once per optimizer step."""
+
     def after_step(self, values: dict[str, float]) -> None:
         """Move what the optimizer does not: momentum networks and queues. Once per optimizer step."""
+
+    def outputs(self, features: Tensor) -> Tensor:
+        """Features [B, D] of `evaluated` to the logits [B, C] that the loss compares as a distribution, over their
+        temperature: what the monitors measure the collapse of."""
+        raise NotImplementedError
 
     def logits(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] to class scores [B, classes]; only where `classifies`."""

@@ -23,6 +23,8 @@ from models.reactnet import Config as ReActNetConfig
 class Config(MethodConfig):
     """BURN in a recipe."""
 
+    num_views = 2
+    schedules = ("balance",)
     name: Literal["burn"]
     student: ReActNetConfig
     teacher: backbones.Config
@@ -41,9 +43,7 @@ class Config(MethodConfig):
 class Method(Base):
     """L = ℓ(s1, t2) + ℓ(s2, t1) with ℓ = mean of (1 - λ)·FS + λ·KL; λ is the scheduled scalar `balance`."""
 
-    num_views = 2
     views_per_backbone = 2
-    schedules = ("balance",)
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -69,6 +69,10 @@ class Method(Base):
         targets = [self.teacher_head(feature) for feature in features]  # V x [B, out_dim]
         outputs = [self.student_head(self.student(view)) for view in views]
         return burn_loss(outputs, targets, values["balance"], self.config)
+
+    def outputs(self, features: Tensor) -> Tensor:
+        """The student's classifier outputs over the temperature."""
+        return self.student_head(features) / self.config.temperature
 
     @property
     def evaluated(self) -> nn.Module:

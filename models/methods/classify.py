@@ -1,4 +1,7 @@
-"""One linear classifier on one backbone: supervised training, and linear evaluation by freezing."""
+"""One linear classifier on one backbone: supervised training, and linear evaluation by freezing.
+
+With a `teacher` the labels give way to its soft targets, as in ReActNet's own training (Liu et al. 2020, section 4.3).
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from models import backbones
+from models.losses import soft_cross_entropy
 from models.methods import Method as Base
 from models.methods import MethodConfig
 from models.reactnet import ReActNet
@@ -26,6 +30,15 @@ class Config(MethodConfig):
     classifier and the pooled MLP `fc`, which is what the released "linear" configuration trains. `pre-fc`:
     the classifier alone, on the pooled map below `fc`, comparable with S2-BNN's probe. A number measured
     with one protocol must not be compared with another's."""
+
+    teacher: backbones.Config | None = None
+    """A frozen, trained network with classifier whose answers at temperature 1 replace the labels."""
+
+    @model_validator(mode="after")
+    def _teaches_all(self) -> Config:
+        if self.teacher is not None and self.trains != "all":
+            raise ValueError(f"teacher: expected with trains: all only, got trains: {self.trains}")
+        return self
 
     @model_validator(mode="after")
     def _needs_fc(self) -> Config:
@@ -47,6 +60,9 @@ class Method(Base):
         self.classifier = nn.Linear(self.backbone.out_channels, config.num_classes)
         nn.init.normal_(self.classifier.weight, std=0.01)  # as BURN's linear head
         nn.init.zeros_(self.classifier.bias)
+        if config.teacher is not None:
+            self.teacher = backbones.build(config.teacher).requires_grad_(False)
+            self.teacher_classifier = nn.Linear(self.teacher.out_channels, config.num_classes).requires_grad_(False)
         if config.trains != "all":
             self.backbone.requires_grad_(False)
             if config.trains == "burn-release":
@@ -58,6 +74,8 @@ class Method(Base):
         super().train(mode)
         if self.config.trains != "all":
             self.backbone.eval()
+        if self.config.teacher is not None:
+            self.teacher.eval()
         return self
 
     def features(self, images: Tensor) -> Tensor:
@@ -83,7 +101,15 @@ class Method(Base):
         """One view [B, 3, H, W] and labels [B] to the cross-entropy."""
         logits = self.logits(views[0]).float()
         hits = (logits.detach().argmax(dim=1) == label).float().mean()
-        return {"loss": F.cross_entropy(logits, label), "train_top1": hits}
+        if self.config.teacher is None:
+            return {"loss": F.cross_entropy(logits, label), "train_top1": hits}
+        with torch.no_grad():
+            target = self.teacher_classifier(self.teacher(views[0]))
+        return {"loss": soft_cross_entropy(logits, target, temperature=1.0).mean(), "train_top1": hits}
+
+    def outputs(self, features: Tensor) -> Tensor:
+        """The class scores; `burn-release` and `pre-fc` classify what lies below `evaluated`'s last layer."""
+        return self.classifier(features)
 
     @property
     def evaluated(self) -> nn.Module:

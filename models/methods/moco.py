@@ -1,6 +1,6 @@
 """MoCo v2: contrast with a momentum encoder and a queue (He et al. 2020; Chen et al. 2020).
 
-Makes a floating-point teacher where no file can be had.
+Makes a floating-point teacher where no file can be had; with S2-BNN's tuning it is BURN's row "Tuned MoCov2".
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from models.methods import MethodConfig
 class Config(MethodConfig):
     """MoCo v2 in a recipe. Its momentum is the scheduled scalar `momentum` (0.999 constant in the paper)."""
 
+    num_views = 2
+    schedules = ("momentum",)
     name: Literal["moco"]
     backbone: backbones.Config
     out_dim: int = Field(default=128, ge=1)
@@ -30,37 +32,36 @@ class Config(MethodConfig):
     temperature: float = Field(default=0.2, gt=0)
 
 
-class Method(Base):
-    """Query of view 1 against the key of view 2 and the queue; only the query is trained by the optimizer."""
+class Contrast(nn.Module):
+    """What a query is contrasted with: the momentum encoder's keys of this batch, and those of the last ones.
 
-    num_views = 2
-    schedules = ("momentum",)
-    moved_after_step = ("key_backbone.", "key_head.", "queue")
+    Args:
+        backbone, head: the query encoder, copied.
+        out_dim, queue_size, temperature: D and K of the queue [D, K], T of InfoNCE.
+    """
 
     queue: Tensor
     queue_pointer: Tensor
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, backbone: nn.Module, head: nn.Module, out_dim: int, queue_size: int, temperature: float) -> None:
         super().__init__()
-        self.config = config
-        self.backbone = backbones.build(config.backbone)
-        width = self.backbone.out_channels
-        self.head = MLP(width, width, config.out_dim, norm=False)
-        self.key_backbone = copy.deepcopy(self.backbone).requires_grad_(False)
-        self.key_head = copy.deepcopy(self.head).requires_grad_(False)
-        self.register_buffer("queue", F.normalize(torch.randn(config.out_dim, config.queue_size), dim=0))
+        self.temperature = temperature
+        self.key_backbone = copy.deepcopy(backbone).requires_grad_(False)
+        self.key_head = copy.deepcopy(head).requires_grad_(False)
+        self.register_buffer("queue", F.normalize(torch.randn(out_dim, queue_size), dim=0))
         self.register_buffer("queue_pointer", torch.zeros((), dtype=torch.int64))
         self._new_keys: list[Tensor] = []
 
-    def forward(self, views: list[Tensor], label: Tensor, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Two views [B, 3, H, W] to the InfoNCE loss; the keys wait for `after_step`, so that accumulation
-        sees one queue for the whole optimizer step."""
-        query = F.normalize(self.head(self.backbone(views[0])), dim=1)  # [B, D]
+    def forward(self, query: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Unit queries [B, D] and the other view of their images [B, 3, H, W] to InfoNCE and its accuracy, 0-d.
+
+        The keys wait for `after_step`, so that accumulation sees one queue for the whole optimizer step.
+        """
         with torch.no_grad():
-            key = self._keys(views[1])  # [B, D]
-        loss, accuracy = info_nce(query, key, self.queue, self.config.temperature)
+            key = self._keys(images)  # [B, D]
+        loss, accuracy = info_nce(query, key, self.queue, self.temperature)
         self._new_keys.append(collectives.all_gather(key))
-        return {"loss": loss, "contrast_top1": accuracy}
+        return loss, accuracy
 
     def _keys(self, images: Tensor) -> Tensor:
         # Shuffled BatchNorm: each rank's key statistics come from images of all ranks, so that query and key
@@ -77,15 +78,50 @@ class Method(Base):
         return key
 
     @torch.no_grad()
-    def after_step(self, values: dict[str, float]) -> None:
+    def after_step(self, backbone: nn.Module, head: nn.Module, momentum: float) -> None:
         """Move the key encoder's parameters towards the query's, then put this step's keys into the queue."""
-        for mine, theirs in ((self.key_backbone, self.backbone), (self.key_head, self.head)):
-            torch._foreach_lerp_(list(mine.parameters()), list(theirs.parameters()), 1 - values["momentum"])
-        keys = torch.cat(self._new_keys)[-self.config.queue_size :]  # [N, D]
+        follow(self.key_backbone, backbone, momentum)
+        follow(self.key_head, head, momentum)
+        size = self.queue.shape[1]
+        keys = torch.cat(self._new_keys)[-size:]  # [N, D]
         self._new_keys.clear()
-        places = (self.queue_pointer + torch.arange(len(keys), device=keys.device)) % self.config.queue_size
+        places = (self.queue_pointer + torch.arange(len(keys), device=keys.device)) % size
         self.queue.index_copy_(1, places, keys.T.to(self.queue.dtype))
-        self.queue_pointer.copy_((self.queue_pointer + len(keys)) % self.config.queue_size)
+        self.queue_pointer.copy_((self.queue_pointer + len(keys)) % size)
+
+
+@torch.no_grad()
+def follow(network: nn.Module, leader: nn.Module, momentum: float) -> None:
+    """Move a momentum network's parameters: p <- m·p + (1 - m)·leader's. Buffers stay its own."""
+    torch._foreach_lerp_(list(network.parameters()), list(leader.parameters()), 1 - momentum)
+
+
+class Method(Base):
+    """Query of view 1 against the key of view 2 and the queue; only the query is trained by the optimizer."""
+
+    moved_after_step = ("contrast.",)
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = backbones.build(config.backbone)
+        width = self.backbone.out_channels
+        self.head = MLP(width, width, config.out_dim, norm=False)
+        self.contrast = Contrast(self.backbone, self.head, config.out_dim, config.queue_size, config.temperature)
+
+    def forward(self, views: list[Tensor], label: Tensor, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Two views [B, 3, H, W] to the InfoNCE loss."""
+        query = F.normalize(self.head(self.backbone(views[0])), dim=1)  # [B, D]
+        loss, accuracy = self.contrast(query, views[1])
+        return {"loss": loss, "contrast_top1": accuracy}
+
+    def after_step(self, values: dict[str, float]) -> None:
+        """Move the momentum encoder and the queue."""
+        self.contrast.after_step(self.backbone, self.head, values["momentum"])
+
+    def outputs(self, features: Tensor) -> Tensor:
+        """The unit embedding over the temperature, read as logits as S2-BNN does."""
+        return F.normalize(self.head(features), dim=1) / self.config.temperature
 
     @property
     def evaluated(self) -> nn.Module:
