@@ -1,4 +1,4 @@
-"""Health of a binary network in training, read at log time only: signs, latent weights, channels, features, collapse."""
+"""Health of a binary network in training, read at log time only: signs, channels, features, collapse."""
 
 from __future__ import annotations
 

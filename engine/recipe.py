@@ -159,7 +159,7 @@ def load(path: Path, overrides: Iterable[str] = ()) -> Recipe:
     Raises:
         RecipeError: anything wrong with the file, a key or a value.
     """
-    content = _read(path, seen=())
+    content = read(path)
     for override in overrides:
         _override(content, override)
     content.setdefault("name", path.stem)
@@ -180,7 +180,7 @@ def resolve(content: dict[str, Any], path: Path) -> Recipe:
     try:
         recipe = model.model_validate_json(json.dumps(content))
     except ValidationError as error:
-        raise RecipeError(f"{path}: {_explain(error, model, content)}") from error
+        raise RecipeError(f"{path}: {explain(error, model, content)}") from error
     _cross_check(recipe, path)
     return recipe
 
@@ -203,9 +203,7 @@ def _cross_check(recipe: Recipe, path: Path) -> None:
     views, wants = len(recipe.data.views), recipe.method.num_views
     if views < wants or (views > wants and not recipe.method.takes_more_views):
         least = "at least " if recipe.method.takes_more_views else ""
-        raise RecipeError(
-            f"{path}: data.views: expected {least}{wants} for method {recipe.method.name}, got {views}"
-        )
+        raise RecipeError(f"{path}: data.views: expected {least}{wants} for method {recipe.method.name}, got {views}")
     wanted, optional = {"lr", *recipe.method.schedules}, {"weight_decay"}
     for name in wanted - set(recipe.schedules):
         raise RecipeError(f"{path}: schedules.{name}: missing, method {recipe.method.name} needs it")
@@ -295,8 +293,12 @@ def _parse(text: str) -> Any:
     return yaml.load(text, Loader=_StrictLoader)
 
 
-def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    """A recipe's content merged over that of its `base`."""
+def read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A strict YAML file's content, merged over that of its `base`.
+
+    Raises:
+        RecipeError: no such file, or anything wrong with its text.
+    """
     if path.resolve() in seen:
         raise RecipeError(f"{path}: base: the recipe is its own base")
     try:
@@ -322,7 +324,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         return content
     if not isinstance(base, str):
         raise RecipeError(f"{path}: base: expected the path of a recipe, got {base!r}")
-    return _merge(_read(path.parent / base, (*seen, path.resolve())), content)
+    return _merge(read(path.parent / base, (*seen, path.resolve())), content)
 
 
 def _yaml_reason(error: yaml.YAMLError) -> str:
@@ -374,7 +376,7 @@ def _list_place(items: list[Any], key: str, override: str) -> int:
 # ------------------------------------------------------------------------------------------------ messages
 
 
-def _explain(error: ValidationError, model: type[BaseModel], content: dict[str, Any]) -> str:
+def explain(error: ValidationError, model: type[BaseModel], content: dict[str, Any]) -> str:
     """The first problem in one line, and how many more there are."""
     problems = error.errors(include_url=False)
     problem = problems[0]

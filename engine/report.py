@@ -1,4 +1,4 @@
-"""The report of a chain of runs: a figure, a table and a page, from what the runs wrote."""
+"""Reports from what runs wrote: of the demo's chain of runs, and of a table of methods."""
 
 from __future__ import annotations
 
@@ -20,6 +20,21 @@ class Score(NamedTuple):
 
     def __str__(self) -> str:
         return spread(self.values)
+
+
+class Entry(NamedTuple):
+    """One row of a table of methods."""
+
+    name: str
+    paper: float | None
+    """The paper's linear top-1 on ImageNet in percent."""
+    ablation: bool
+    results: list[dict[str, Any]]
+    """For each seed `linear` and `knn` in percent, `images` and `seconds` of pre-training."""
+
+    def values(self, key: str) -> list[float]:
+        """One number of every seed."""
+        return [result[key] for result in self.results]
 
 
 def spread(values: Sequence[float]) -> str:
@@ -129,5 +144,91 @@ def draw(
     drawn = bars.barh(names, means, xerr=errors if any(errors) else None, color="tab:blue")
     bars.bar_label(drawn, labels=[str(score) for score in scores][::-1], padding=4, fontsize=9)
     bars.set(title="top-1 % on held-out images, linear classifier on frozen features", xlim=(0, 112))
+    figure.savefig(out, dpi=100)
+    plt.close(figure)
+
+
+def comparison(entries: Sequence[Entry]) -> str:
+    """A table of methods in Markdown."""
+    head = ("pre-training", "paper, ImageNet", "linear top-1 %", "k-NN top-1 %", "images", "minutes")
+    rows = [
+        (
+            entry.name,
+            "" if entry.paper is None else f"{entry.paper:.2f}",
+            spread(entry.values("linear")),
+            spread(entry.values("knn")),
+            f"{round(statistics.fmean(entry.values('images'))):,}",
+            f"{statistics.fmean(entry.values('seconds')) / 60:.1f}",
+        )
+        for entry in entries
+    ]
+    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
+    lines = [
+        f"| {' | '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))} |" for row in (head, *rows)
+    ]
+    return "\n".join([lines[0], f"|{'|'.join('-' * (width + 2) for width in widths)}|", *lines[1:]])
+
+
+def draw_comparison(out: Path, title: str, entries: Sequence[Entry], curves: dict[str, list[Path]]) -> None:
+    """Draw a table of methods: scores, the paper's beside ours, and two monitors over training.
+
+    Args:
+        out: PNG file.
+        title: heading.
+        entries: rows, in their order.
+        curves: row -> run folders of its stages for one seed.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(2, 2, figsize=(15, 10), layout="constrained")
+    figure.suptitle(title, fontsize=14)
+    bars, versus, flips, rank = axes.flat
+    places = list(range(len(entries)))[::-1]
+    for shift, key, label, colour in ((0.2, "linear", "linear", "tab:blue"), (-0.2, "knn", "k-NN", "tab:orange")):
+        values = [entry.values(key) for entry in entries]
+        errors = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values]
+        drawn = bars.barh(
+            [place + shift for place in places],
+            [statistics.fmean(v) for v in values],
+            height=0.38,
+            xerr=errors,
+            color=colour,
+            label=label,
+        )
+        bars.bar_label(drawn, labels=[spread(v) for v in values], padding=4, fontsize=8)
+    bars.set_yticks(places, [entry.name for entry in entries])
+    bars.set(title="top-1 % on held-out images", xlim=(0, 112))
+    bars.legend(loc="lower right", fontsize=8)
+
+    for entry in entries:
+        if entry.paper is None:
+            continue
+        scores = entry.values("linear")
+        error = statistics.stdev(scores) if len(scores) > 1 else 0.0
+        mark = "s" if entry.ablation else "o"
+        colour = "tab:gray" if entry.ablation else "tab:blue"
+        versus.errorbar(entry.paper, statistics.fmean(scores), error, fmt=mark, color=colour, capsize=3)
+        place = {"xytext": (6, 4), "textcoords": "offset points", "fontsize": 8}
+        versus.annotate(entry.name, (entry.paper, statistics.fmean(scores)), **place)
+    versus.margins(x=0.2, y=0.15)
+    versus.set(title="against the paper (squares: ablation)", xlabel="paper, ImageNet linear top-1 %")
+    versus.set(ylabel="here, linear top-1 %")
+
+    for number, (name, folders) in enumerate(curves.items()):
+        style = {"color": f"C{number % 10}", "linestyle": "-" if number < 10 else "--", "linewidth": 1.2}
+        for axis, monitor in ((flips, "binary/sign_flips"), (rank, "features/rank")):
+            start = 0.0
+            for stage, folder in enumerate(folders):
+                rows = [row for row in metrics(folder) if monitor in row]
+                if rows:
+                    images = [start + row["images"] for row in rows]
+                    axis.plot(images, [row[monitor] for row in rows], label=name if stage == 0 else None, **style)
+                    start = images[-1]
+    flips.set(title="share of weight signs flipped between two logs", xlabel="images", yscale="log")
+    rank.set(title="effective rank of the features (RankMe)", xlabel="images", ylim=(0, None))
+    flips.legend(fontsize=7)
     figure.savefig(out, dpi=100)
     plt.close(figure)

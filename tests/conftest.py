@@ -22,7 +22,8 @@ from engine.log import TIMING
 from engine.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parent.parent
-RECIPES = sorted(ROOT.glob("recipes/**/*.yaml"))
+TABLES = sorted(ROOT.glob("recipes/tables/*.yaml"))
+RECIPES = sorted(set(ROOT.glob("recipes/**/*.yaml")) - set(TABLES))
 RECIPE_IDS = [str(path.relative_to(ROOT / "recipes")) for path in RECIPES]
 STUDENT = "{arch: reactnet, width: 2, stem_stride: 2, weights: %s, activations: binary}"
 

@@ -4,6 +4,7 @@ import hashlib
 
 import pytest
 import torch
+from torch import nn
 
 from models import backbones, cost, weights
 from models.heads import MLP

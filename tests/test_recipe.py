@@ -48,7 +48,7 @@ def test_dry_run_of_stage2_has_the_papers_numbers(monkeypatch, tmp_path):
 
 
 def mutated(change):
-    content = copy.deepcopy(recipes._read(STAGE1, ()))
+    content = copy.deepcopy(recipes.read(STAGE1))
     change(content)
     content.setdefault("name", "x")
     return content

@@ -303,7 +303,7 @@ def shuffled(folder):
     reactnet = {"arch": "reactnet", "width": 2, "weights": "real", "activations": "real"}
     config = Config.model_validate({"name": "moco", "backbone": reactnet, "out_dim": 4, "queue_size": 12})
     method = Method(config).train()
-    method.key_backbone.eval()  # running statistics: shuffling must then change nothing but the order
+    method.contrast.key_backbone.eval()  # running statistics: shuffling must then change nothing but the order
     images = torch.randn(8, 3, 32, 32)
     size = 8 // world.world_size
     mine = images[size * world.rank : size * (world.rank + 1)]
@@ -311,7 +311,10 @@ def shuffled(folder):
     method([mine, mine], torch.zeros(size), {})
     method.after_step({"momentum": 0.5})
     if world.is_main:
-        torch.save({"queue": method.queue, "pointer": method.queue_pointer}, folder / f"moco{world.world_size}.pt")
+        torch.save(
+            {"queue": method.contrast.queue, "pointer": method.contrast.queue_pointer},
+            folder / f"moco{world.world_size}.pt",
+        )
     dist.stop()
 
 
@@ -327,24 +330,24 @@ def test_mocos_queue_is_first_in_first_out(tmp_path):
     recipe = tiny("quick/moco.yaml", tmp_path, "schedules.lr=0.05")
     trainer = prepare(recipe)
     method = trainer.method
-    key_before = next(method.key_backbone.parameters()).clone()
+    key_before = next(method.contrast.key_backbone.parameters()).clone()
     query_before = next(method.backbone.parameters()).clone()
     for step in range(5):  # 16 keys each into 48 places
-        kept = method.queue.clone()
+        kept = method.contrast.queue.clone()
         trainer.step()
         trainer.steps_done += 1
         places = torch.arange(16 * step, 16 * step + 16) % 48
         others = [i for i in range(48) if i not in places.tolist()]
-        assert torch.equal(method.queue[:, others], kept[:, others])
-        assert not torch.equal(method.queue[:, places], kept[:, places])
-        assert torch.allclose(method.queue.norm(dim=0), torch.ones(48), atol=1e-5)
+        assert torch.equal(method.contrast.queue[:, others], kept[:, others])
+        assert not torch.equal(method.contrast.queue[:, places], kept[:, places])
+        assert torch.allclose(method.contrast.queue.norm(dim=0), torch.ones(48), atol=1e-5)
         if step == 0:
             query = next(method.backbone.parameters())
             momentum = recipe.schedules["momentum"].start
             expected = momentum * key_before + (1 - momentum) * query
-            assert torch.allclose(next(method.key_backbone.parameters()), expected, atol=1e-7)
+            assert torch.allclose(next(method.contrast.key_backbone.parameters()), expected, atol=1e-7)
             assert not torch.equal(query, query_before)
-    assert method.queue_pointer == 80 % 48
+    assert method.contrast.queue_pointer == 80 % 48
 
 
 def evaluated(folder):

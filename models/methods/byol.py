@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from models import backbones
 from models.heads import MLP
-from models.losses import feature_similarity
+from models.losses import feature_similarity, wide
 from models.methods import Method as Base
 from models.methods import MethodConfig
 from models.methods.moco import follow
@@ -56,7 +56,7 @@ class Method(Base):
         with torch.no_grad():
             targets = [self.target_head(self.target_backbone(view)) for view in views]
         one, two = (feature_similarity(predictions[v], targets[1 - v]).mean() for v in range(2))
-        unit = F.normalize(targets[0].float(), dim=1)
+        unit = F.normalize(wide(targets[0]), dim=1)
         return {"loss": one + two, "target_std": unit.std(dim=0, correction=0).mean()}
 
     def after_step(self, values: dict[str, float]) -> None:

@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from models import backbones
-from models.losses import soft_cross_entropy
+from models.losses import soft_cross_entropy, wide
 from models.methods import Method as Base
 from models.methods import MethodConfig
 from models.reactnet import ReActNet
@@ -99,7 +99,7 @@ class Method(Base):
 
     def forward(self, views: list[Tensor], label: Tensor, values: dict[str, Tensor]) -> dict[str, Tensor]:
         """One view [B, 3, H, W] and labels [B] to the cross-entropy."""
-        logits = self.logits(views[0]).float()
+        logits = wide(self.logits(views[0]))
         hits = (logits.detach().argmax(dim=1) == label).float().mean()
         if self.config.teacher is None:
             return {"loss": F.cross_entropy(logits, label), "train_top1": hits}

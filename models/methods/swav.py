@@ -1,4 +1,4 @@
-"""SwAV: predict the cluster assignment of one view from another, assignments by optimal transport (Caron et al. 2020)."""
+"""SwAV: predict one view's cluster from another, clusters by optimal transport (Caron et al. 2020)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from models import backbones, collectives
 from models.heads import MLP
-from models.losses import cross_entropy_with, sinkhorn
+from models.losses import cross_entropy_with, sinkhorn, wide
 from models.methods import Method as Base
 from models.methods import MethodConfig
 
@@ -67,7 +67,7 @@ class Method(Base):
         in one call, so that BatchNorm's statistics are per resolution."""
         size = len(views[0])
         features = torch.cat([self.backbone(images) for images in by_size(views)])  # [V·B, D]
-        embedding = F.normalize(self.head(features).float(), dim=1)
+        embedding = F.normalize(wide(self.head(features)), dim=1)
         # Float32 whatever autocast says: exp(s / 0.05) makes a 16-bit rounding of s a percent of the assignment.
         with torch.autocast(embedding.device.type, enabled=False):
             weight = self.prototypes.weight.to(embedding.dtype)

@@ -1,0 +1,278 @@
+"""Make a table of methods: every row at the same budget of images, over seeds, with linear evaluation and k-NN.
+
+    python tools/compare.py recipes/tables/fashion.yaml --jobs 2
+    python tools/compare.py recipes/tables/imagenet.yaml --launcher "torchrun --nproc_per_node=8"
+
+Stopped at any time (Ctrl-C), it goes on where it was when it is started again. It runs nothing that tools/train.py
+could not run one by one: `--plan` prints those commands. Exit codes: 0 done; 1 a run failed, the other rows are done;
+2 bad input; 75 stopped, start it again.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from queue import Empty, Queue
+from typing import Any
+
+import _root
+import torch
+
+from engine import checkpoint, report, table, train
+from engine.describe import missing
+from engine.log import duration, environment
+from engine.recipe import RecipeError
+from engine.table import Chain, Run
+from loaders import DataError
+
+TRAIN = str(_root.ROOT / "tools" / "train.py")
+STATUS_SECONDS = 30
+
+
+class Pool:
+    """Worker threads that run chains, each its processes one after the other on its share of the cores and GPUs."""
+
+    def __init__(self, chains: list[Chain], out: Path, launcher: list[str], jobs: int) -> None:
+        self.out, self.launcher, self.jobs = out, launcher, jobs
+        self.results: dict[tuple[str, int], dict[str, Any]] = {}
+        self.failures: list[str] = []
+        self.running: dict[int, tuple[str, Path, subprocess.Popen[bytes]]] = {}
+        self.stopping = threading.Event()
+        self.teacher_done = threading.Event()
+        if not any(chain.needs_teacher for chain in chains):
+            self.teacher_done.set()
+        self.total = len(chains)
+        self._waiting: Queue[Chain] = Queue()
+        for chain in chains:
+            self._waiting.put(chain)
+
+    def run(self) -> None:
+        """Run everything; returns when all is done, has failed or was stopped."""
+        workers = [threading.Thread(target=self._work, args=(number,)) for number in range(self.jobs)]
+        for worker in workers:
+            worker.start()
+        while any(worker.is_alive() for worker in workers):
+            for worker in workers:
+                worker.join(STATUS_SECONDS / len(workers))
+            if not self.stopping.is_set():
+                self._status()
+
+    def stop(self) -> None:
+        """Let the processes save and end."""
+        self.stopping.set()
+        for _, _, process in list(self.running.values()):
+            process.send_signal(signal.SIGTERM)
+        self.teacher_done.set()
+
+    def _status(self) -> None:
+        for title, folder, _ in list(self.running.values()):
+            try:
+                row = report.metrics(folder)[-1]
+            except (OSError, ValueError, IndexError):
+                continue  # it has only begun, or is writing this very line
+            speed = f", {row['images_per_second']:.0f} images/s" if "images_per_second" in row else ""
+            print(f"    {title}: step {row['step']}, {row['images']:,} images{speed}", flush=True)
+
+    def _work(self, number: int) -> None:
+        if self.jobs > 1 and not self.launcher:  # on Linux a thread's affinity is its own and its children's
+            cores = sorted(os.sched_getaffinity(0))
+            os.sched_setaffinity(0, cores[number % len(cores) :: self.jobs] or cores)
+        while not self.stopping.is_set():
+            try:
+                chain = self._waiting.get_nowait()
+            except Empty:
+                return
+            if chain.needs_teacher:
+                self.teacher_done.wait()
+            if self.stopping.is_set():
+                return
+            try:
+                self._run_chain(chain, number)
+            except ChainError as error:
+                if not self.stopping.is_set():
+                    self.failures.append(str(error))
+                    print(f"FAILED {error}", flush=True)
+            if chain.name == "teacher":
+                self.teacher_done.set()
+
+    def _run_chain(self, chain: Chain, number: int) -> None:
+        started = time.perf_counter()
+        for place, run in enumerate(chain.runs):
+            recipe = run.recipe()
+            title = f"{chain.name}, seed {chain.seed}, {recipe.name}"
+            if not is_done(run):
+                print(f"{title} ({place + 1} of {len(chain.runs)})", flush=True)
+                self._run_one(run, recipe.folder, title, number)
+        self.results[chain.name, chain.seed] = result = collect(chain)
+        print(
+            f"[{len(self.results)} of {self.total}] {chain.name}, seed {chain.seed}: linear {result['linear']:.2f}, "
+            f"k-NN {result['knn']:.2f}, {duration(time.perf_counter() - started)}",
+            flush=True,
+        )
+
+    def _run_one(self, run: Run, folder: Path, title: str, number: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        log = folder / "output.txt"
+        env = dict(os.environ)
+        gpus = torch.cuda.device_count()
+        if gpus and self.jobs > 1:
+            env["CUDA_VISIBLE_DEVICES"] = str(number % gpus)
+        command = [*(self.launcher or [sys.executable]), TRAIN, str(run.path), *run.overrides, "--resume"]
+        with open(log, "ab") as output:
+            process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=env)
+            self.running[number] = (title, folder, process)
+            if self.stopping.is_set():
+                process.send_signal(signal.SIGTERM)
+            code = process.wait()
+            del self.running[number]
+        if code:
+            last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
+            raise ChainError(f"{title}: exit code {code}: {' '.join(last)} (all of it: {log})")
+
+
+class ChainError(RuntimeError):
+    """A run of a chain ended with an error."""
+
+
+def is_done(run: Run) -> bool:
+    """Whether a run has reached its end with this very recipe."""
+    recipe = run.recipe()
+    kept = recipe.folder / "recipe.yaml"
+    if not kept.exists() or kept.read_text(encoding="utf-8") != recipe.dump():
+        return False
+    newest, _ = checkpoint.latest(recipe.folder / "checkpoints")
+    if newest is None:
+        return False
+    state = checkpoint.load(newest)
+    return state["step"] == state["total_steps"]
+
+
+def collect(chain: Chain) -> dict[str, Any]:
+    """What one row and seed gave, from the runs' own files."""
+    *pretraining, probe = [run.recipe() for run in chain.runs]
+    last = [[row for row in report.metrics(recipe.folder) if "seconds" in row][-1] for recipe in pretraining]
+    return {
+        "linear": report.final(probe.folder, "accuracy"),
+        "knn": report.final(pretraining[-1].folder, "knn"),
+        "images": sum(row["images"] for row in last),
+        "seconds": round(sum(row["seconds"] for row in last), 1),
+        "monitors": {name: value for name, value in last[-1].items() if "/" in name},
+        "recipes": [recipe.hash for recipe in (*pretraining, probe)],
+    }
+
+
+def plan(chains: list[Chain], launcher: list[str]) -> str:
+    """The commands, one a line."""
+    start = " ".join(launcher) or "python"
+    return "\n".join(
+        f"{start} tools/train.py {run.path} {' '.join(map(shlex.quote, run.overrides))} --resume"
+        for chain in chains
+        for run in chain.runs
+    )
+
+
+def main() -> int:
+    """Run a table and write `table.md`, `table.json` and `table.png` into its folder."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", type=Path, help="a file of recipes/tables/")
+    parser.add_argument("override", nargs="*", help="section.key=value, changes every recipe of the table")
+    parser.add_argument("--out", type=Path, help="folder of all runs and of the table (runs/table_<name>)")
+    parser.add_argument("--seeds", type=int, help="instead of the table's number")
+    parser.add_argument("--images", type=int, help="images of each row, instead of the table's")
+    parser.add_argument("--only", nargs="+", metavar="ROW", help="only these rows")
+    parser.add_argument("--jobs", type=int, default=1, help="rows at once, sharing cores and GPUs (1)")
+    parser.add_argument("--launcher", default="", help='how to start a run, such as "torchrun --nproc_per_node=8"')
+    parser.add_argument("--plan", action="store_true", help="print the commands and run nothing")
+    arguments = parser.parse_intermixed_args()
+    launcher = shlex.split(arguments.launcher)
+    try:
+        spec = table.load(arguments.table)
+        changes = {key: getattr(arguments, key) for key in ("seeds", "images") if getattr(arguments, key) is not None}
+        for key, item in changes.items():
+            if item < 1:
+                raise RecipeError(f"--{key}: expected at least 1, got {item}")
+        if arguments.jobs < 1:
+            raise RecipeError(f"--jobs: expected at least 1, got {arguments.jobs}")
+        spec = spec.model_copy(update=changes)
+        names = [row.name for row in spec.rows]
+        for name in arguments.only or ():
+            if name not in names:
+                raise RecipeError(f"--only: no row {name!r}, expected some of {', '.join(map(repr, names))}")
+        rows = [row for row in spec.rows if not arguments.only or row.name in arguments.only]
+        out = arguments.out or Path("runs") / f"table_{arguments.table.stem}"
+        extra = list(arguments.override)
+        chains = [
+            table.chain(spec, row, seed, arguments.table, out, extra)
+            for seed, row in itertools.product(range(spec.seeds), rows)
+        ]
+        # Rows that wait for the teacher come last, so that the others fill the time.
+        chains.sort(key=lambda chain: chain.needs_teacher)
+        teacher = table.teacher_chain(spec, arguments.table, out, extra)
+        if teacher and any(chain.needs_teacher for chain in chains):
+            chains.insert(0, teacher)
+        if arguments.plan:
+            print(plan(chains, launcher))
+            return 0
+        for run in (run for chain in chains for run in chain.runs):
+            if problems := [p for p in missing(run.recipe()) if not p.startswith("init.") or str(out) not in p]:
+                raise RecipeError(f"{run.path}: {'; '.join(problems)}")
+    except (RecipeError, DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return train.EXIT_BAD_INPUT
+
+    pool = Pool(chains, out, launcher, min(arguments.jobs, len(chains)))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: pool.stop())
+    pool.run()
+    if pool.stopping.is_set():
+        print("stopped, everything is saved; start this command again to go on", file=sys.stderr)
+        return train.EXIT_STOPPED
+    done = [row for row in rows if (row.name, 0) in pool.results]
+    if done:
+        write(spec, done, pool.results, out, arguments.table)
+    for failure in pool.failures:
+        print(f"failed: {failure}", file=sys.stderr)
+    return 1 if pool.failures else 0
+
+
+def write(
+    spec: table.Table, rows: list[table.Row], results: dict[tuple[str, int], dict[str, Any]], out: Path, path: Path
+) -> None:
+    """Write the table as Markdown, JSON and a figure, and print it."""
+    entries = [
+        report.Entry(row.name, row.paper, row.ablation, [r for (name, _), r in results.items() if name == row.name])
+        for row in rows
+    ]
+    if ("teacher", 0) in results:
+        entries.append(report.Entry("its teacher (floating point)", None, True, [results["teacher", 0]]))
+    text = report.comparison(entries)
+    heading = (
+        f"# {spec.title}\n\n{spec.images:,} training images a row, {spec.seeds} seed(s), mean ± standard deviation.\n"
+    )
+    (out / "table.md").write_text(f"{heading}\n{text}\n\n![figure](table.png)\n", encoding="utf-8")
+    record = {
+        "title": spec.title,
+        "images": spec.images,
+        "seeds": spec.seeds,
+        "rows": {entry.name: {"paper": entry.paper, "runs": entry.results} for entry in entries},
+        "environment": environment(),
+    }
+    (out / "table.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    curves = {row.name: _last_stage(row, out) for row in rows}
+    report.draw_comparison(out / "table.png", spec.title, entries, curves)
+    print(f"\n{text}\n\n{out / 'table.md'}, {out / 'table.json'} and {out / 'table.png'}")
+
+
+def _last_stage(row: table.Row, out: Path) -> list[Path]:
+    return [out / table.slug(row.name) / "seed0" / f"stage{number + 1}" for number in range(len(row.stages))]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
