@@ -1,0 +1,141 @@
+"""Tables of methods: what they refuse, what they plan, and one that runs, fails in a row, stops and goes on."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from engine import table
+from engine.recipe import RecipeError
+from engine.schedules import Horizon
+from tests.conftest import ROOT, TABLES
+
+FASHION = ROOT / "recipes/tables/fashion.yaml"
+SYNTHETIC = [
+    "data.backend=synthetic",
+    "data.options={num_images: 40, num_val_images: 16, num_classes: 4, side: 36}",
+    "data.batch_size=8",
+    "data.micro_batch=8",
+]
+
+
+@pytest.mark.parametrize("path", TABLES, ids=lambda p: p.name)
+def test_tables_plan_every_row(path, tmp_path):
+    spec = table.load(path)
+    for row in spec.rows:
+        chain = table.chain(spec, row, 1, path, tmp_path, [])
+        *stages, probe = [run.recipe() for run in chain.runs]
+        steps = [Horizon.of(r.run.duration, 60_000, r.data.batch_size) for r in stages]
+        images = sum(h.total_steps * h.batch_size for h in steps)
+        if not row.overrides:  # an equal budget, up to half a batch for each stage
+            assert abs(images - spec.images) <= sum(r.data.batch_size for r in stages) / 2
+        assert {r.seed for r in (*stages, probe)} == {1} and probe.init[0].source == str(stages[-1].folder)
+        assert len({r.folder for r in (*stages, probe)}) == len(chain.runs)
+        for before, after in zip(stages, stages[1:], strict=False):
+            assert str(before.folder) in [init.source for init in after.init]
+        default = [init.source for r in stages for init in r.init if init.source.startswith("runs/")]
+        assert default == [], "a stage reads the default folder of another run"
+
+
+def test_the_teacher_is_shared(tmp_path):
+    spec = table.load(FASHION)
+    burn = next(row for row in spec.rows if row.name == "BURN")
+    swav = next(row for row in spec.rows if row.name == "SwAV")
+    chain = table.chain(spec, burn, 0, FASHION, tmp_path, [])
+    teacher = table.teacher_chain(spec, FASHION, tmp_path, [])
+    assert chain.needs_teacher and not table.chain(spec, swav, 0, FASHION, tmp_path, []).needs_teacher
+    folder = str(teacher.runs[0].recipe().folder)
+    assert all(folder in [i.source for i in run.recipe().init] for run in chain.runs[:-1])
+
+
+def write(path, **changes):
+    content = {
+        "title": "t",
+        "images": 32,
+        "seeds": 1,
+        "probe": str(ROOT / "recipes/quick/linear.yaml"),
+        "rows": [{"name": "A", "stages": [str(ROOT / "recipes/quick/supervised.yaml")]}],
+    }
+    path.write_text(json.dumps({**content, **changes}))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"imags": 3}, "imags: unknown key, did you mean 'images'"),
+        ({"seeds": 0}, "seeds: expected"),
+        ({"probe": "nowhere.yaml"}, "probe: no recipe"),
+        ({"rows": []}, "rows: "),
+        ({"rows": [{"name": "A", "stages": ["a.yaml"]}]}, r"rows\.0\.stages\.0: no recipe"),
+        ({"rows": [{"name": "A b", "stages": ["a"]}, {"name": "a-b", "stages": ["a"]}]}, "two rows are named"),
+        ({"rows": [{"name": "A", "stages": ["a.yaml"], "papr": 1.0}]}, "did you mean 'paper'"),
+    ],
+)
+def test_bad_tables_are_refused_in_one_line(changes, message, tmp_path):
+    with pytest.raises(RecipeError, match=message) as caught:
+        table.load(write(tmp_path / "t.yaml", **changes))
+    assert "\n" not in str(caught.value) and "t.yaml" in str(caught.value)
+
+
+def compare(*arguments, **options):
+    command = [sys.executable, str(ROOT / "tools/compare.py"), *map(str, arguments)]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, **options
+    )
+
+
+def test_a_table_runs_fails_in_a_row_and_goes_on(tmp_path):
+    quick = str(ROOT / "recipes/quick/supervised.yaml")
+    few = ["method.num_classes=4", "run.log_every=1it"]
+    rows = [
+        {"name": "good", "stages": [quick, quick], "overrides": few, "paper": 64.1},
+        {"name": "bad", "stages": [quick], "overrides": [*few, "schedules.lr=1e30"]},
+    ]
+    path = write(tmp_path / "t.yaml", rows=rows)
+    probe = ["run.duration=4it"]
+    arguments = [path, *SYNTHETIC, *probe, "method.num_classes=4", "--out", tmp_path / "out"]
+    done = compare(*arguments, "--jobs", 2)
+    text, _ = done.communicate(timeout=180)
+    assert done.returncode == 1 and "exit code 3" in text, text
+    record = json.loads((tmp_path / "out/table.json").read_text())
+    assert list(record["rows"]) == ["good"]
+    (result,) = record["rows"]["good"]["runs"]
+    assert result["images"] == 2 * 32 and 0 <= result["linear"] <= 100 and len(result["recipes"]) == 3
+    assert result["monitors"]["binary/sign_flips"] >= 0
+    assert (tmp_path / "out/table.png").stat().st_size > 10_000 and "64.10" in (tmp_path / "out/table.md").read_text()
+    # Again, without the bad row: nothing runs anew, the numbers are the same.
+    again = compare(*arguments, "--only", "good")
+    text, _ = again.communicate(timeout=60)
+    assert again.returncode == 0 and "(1 of 3)" not in text, text
+    assert json.loads((tmp_path / "out/table.json").read_text())["rows"]["good"]["runs"] == [result]
+
+
+def test_a_stopped_table_is_saved_and_goes_on(tmp_path):
+    few = ["method.num_classes=4", "run.log_every=1it", "run.save_every=1000it"]
+    rows = [{"name": "long", "stages": [str(ROOT / "recipes/quick/supervised.yaml")], "overrides": few}]
+    path = write(tmp_path / "t.yaml", rows=rows)
+    arguments = [path, *SYNTHETIC, "method.num_classes=4", "--out", tmp_path / "out", "--images", 8 * 100_000]
+    process = compare(*arguments)
+    folder = tmp_path / "out/long/seed0/stage1"
+    deadline = time.monotonic() + 60
+    while not ((folder / "metrics.jsonl").exists() and (folder / "metrics.jsonl").read_text()):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == 75 and "start this command again" in text, text
+    assert list((folder / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--seeds", "0"], "--seeds"), (["--only", "BRUN"], "no row 'BRUN'"), (["--jobs", "0"], "--jobs")],
+)
+def test_bad_arguments_are_refused(arguments, message):
+    process = compare(FASHION, *arguments)
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == 2 and message in text and text.count("\n") == 1
