@@ -69,7 +69,7 @@ def table(scores: Sequence[Score]) -> str:
 def draw(
     out: Path, title: str, teacher: Path, stages: dict[str, Path], scores: Sequence[Score], views: list[Tensor]
 ) -> None:
-    """Draw loss, terms, collapse meters, balance, k-NN, views and the final scores.
+    """Draw loss, terms, collapse meters, balance, k-NN, monitors, views and the final scores.
 
     Args:
         out: PNG file.
@@ -87,7 +87,7 @@ def draw(
     figure.suptitle(title, fontsize=14)
     rows: Any = figure.subfigures(2, 1)
     upper, lower = rows
-    panels = [*upper.subplots(1, 4), *lower.subplots(1, 3, width_ratios=(1, 1.2, 1.7))]
+    panels = [*upper.subplots(1, 4), *lower.subplots(1, 4, width_ratios=(1, 1.2, 1.3, 1))]
 
     panels[0].plot(*curve(teacher, "loss"), color="tab:gray")
     panels[0].set(title="teacher: MoCo v2 loss", xlabel="epoch", ylabel="InfoNCE loss")
@@ -102,7 +102,7 @@ def draw(
             shifted = [epoch + starts[number] for epoch in epochs]
             axis.plot(shifted, values, color=colour, label=label if number == 0 else None)
 
-    for axis in panels[1:5]:
+    for axis in (*panels[1:5], panels[7]):
         for stage, start, length in zip(stages, starts, lengths, strict=True):
             axis.axvline(start, color="black", linewidth=0.8, linestyle=":")
             place = {"xycoords": ("data", "axes fraction"), "xytext": (0, 2), "textcoords": "offset points"}
@@ -128,7 +128,17 @@ def draw(
     panels[4].set(xlabel="epoch", ylabel="top-1 %")
     panels[4].margins(y=0.08)
     panels[4].set_title("online k-NN accuracy", pad=16)
-    for panel in (panels[1], panels[3], panels[4]):
+    for name, label, colour in (
+        ("binary/sign_flips", "signs flipped since the last log", "tab:blue"),
+        ("binary/dead_channels", "dead channels", "tab:red"),
+        ("binary/saturated_channels", "saturated channels", "tab:orange"),
+        ("binary/latent_beyond_one", "latent weights beyond ±1", "tab:green"),
+    ):
+        along(panels[7], name, label, colour)
+    panels[7].set(xlabel="epoch", ylabel="share", ylim=(0, 1))
+    panels[7].set_yscale("symlog", linthresh=1e-4)
+    panels[7].set_title("the student's binary layers", pad=16)
+    for panel in (panels[1], panels[3], panels[4], panels[7]):
         panel.legend(fontsize=8)
 
     grid = torch.cat([torch.cat(list(view), dim=1) for view in views], dim=0)  # two rows of images
@@ -143,7 +153,7 @@ def draw(
     errors = [statistics.stdev(s.values) if len(s.values) > 1 else 0 for s in scores][::-1]
     drawn = bars.barh(names, means, xerr=errors if any(errors) else None, color="tab:blue")
     bars.bar_label(drawn, labels=[str(score) for score in scores][::-1], padding=4, fontsize=9)
-    bars.set(title="top-1 % on held-out images, linear classifier on frozen features", xlim=(0, 112))
+    bars.set(title="linear top-1 % on held-out images", xlim=(0, 125))
     figure.savefig(out, dpi=100)
     plt.close(figure)
 

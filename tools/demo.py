@@ -1,10 +1,9 @@
 """The whole path on real images: teacher, BURN stage 1, stage 2, linear evaluation of each, and a report.
 
-    python tools/demo.py                                   # digits, minutes on two CPU cores
-    python tools/demo.py fashion_mnist --seeds 3           # the benchmark of benchmarks/fashion_mnist.md
+    python tools/demo.py                     # scikit-learn's digits, minutes on two CPU cores
 
-Started again, it goes on where it was stopped. It runs the recipes moco, burn_stage1, burn_stage2 and linear of a
-folder of recipes/, and nothing that `tools/train.py` could not run one by one.
+Started again, it goes on where it was stopped. It runs the recipes moco, burn_stage1, burn_stage2 and linear of
+recipes/quick/, and nothing that `tools/train.py` could not run one by one. All methods side by side: tools/compare.py.
 """
 
 import argparse
@@ -25,21 +24,21 @@ from engine.recipe import Recipe
 from engine.report import Score
 from loaders.augment import to_pixels
 
-SETS = {"digits": ("quick", "scikit-learn's digits"), "fashion_mnist": ("fashion", "Fashion-MNIST")}
+RECIPES = _root.ROOT / "recipes" / "quick"
 NEIGHBOURS, TEMPERATURE = 20, 0.07
 
 
 class Chain:
     """Runs in one folder, one after the other; the teacher is shared by all seeds, as a published file would be."""
 
-    def __init__(self, recipe_folder: str, out: Path, num_seeds: int) -> None:
-        self.recipe_folder, self.out = recipe_folder, out
+    def __init__(self, out: Path, num_seeds: int) -> None:
+        self.out = out
         self.done, self.total = 0, 2 + 6 * num_seeds
         self.seconds = 0.0
 
     def run(self, title: str, recipe_name: str, folder: str, *overrides: str, seed: int, name: str = "") -> Recipe:
         """Run one recipe to its end, or what is left of it."""
-        path = _root.ROOT / "recipes" / self.recipe_folder / f"{recipe_name}.yaml"
+        path = RECIPES / f"{recipe_name}.yaml"
         place = [f"run.folder={self.out / folder}", f"name={name or recipe_name}", f"seed={seed}"]
         recipe = recipes.load(path, [*place, *overrides])
         self.done += 1
@@ -123,19 +122,17 @@ def sample_views(recipe: Recipe, count: int = 12) -> list[torch.Tensor]:
 def main() -> int:
     """Run the chain for every seed and write the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dataset", nargs="?", choices=list(SETS), default="digits")
     parser.add_argument("--seeds", type=int, default=1, help="how many seeds, from 0")
-    parser.add_argument("--out", type=Path, help="folder of runs and report (runs/demo_<dataset>)")
+    parser.add_argument("--out", type=Path, default=Path("runs/demo_digits"), help="folder of runs and report")
     parser.add_argument("--json", type=Path, help="also write the numbers here")
     arguments = parser.parse_args()
     to_console(is_main=True)
-    recipe_folder, title = SETS[arguments.dataset]
-    out = arguments.out or Path("runs") / f"demo_{arguments.dataset}"
+    out = arguments.out
     started = time.perf_counter()
-    make = [sys.executable, str(_root.ROOT / "tools" / "make_images.py"), arguments.dataset]
-    if subprocess.run([*make, f"data/{arguments.dataset}"]).returncode:
+    make = [sys.executable, str(_root.ROOT / "tools" / "make_images.py"), "digits", "data/digits"]
+    if subprocess.run(make).returncode:
         return train.EXIT_BAD_INPUT
-    chain = Chain(recipe_folder, out, arguments.seeds)
+    chain = Chain(out, arguments.seeds)
     students, scores_of = [], []
     try:
         teacher = chain.teacher()
@@ -157,7 +154,7 @@ def main() -> int:
     scores += [Score(name, [value]) for name, value in pixel_baselines(first["stage 2"]).items()]
     stages = {name: first[name].folder for name in ("stage 1", "stage 2")}
     width = dict(first["stage 2"].method)["student"].width
-    heading = f"BURN on {title}: ReActNet-A x{width / 32:g}, {arguments.seeds} seed(s)"
+    heading = f"BURN on scikit-learn's digits: ReActNet-A x{width / 32:g}, {arguments.seeds} seed(s)"
     figure = out / "report.png"
     report.draw(figure, heading, teacher.folder, stages, scores, sample_views(first["stage 2"]))
     text = report.table(scores)
@@ -166,7 +163,7 @@ def main() -> int:
     elapsed = f"{duration(time.perf_counter() - started)} in this call"
     (out / "report.md").write_text(
         f"# {heading}\n\nLinear evaluation (protocol `linear`) on held-out images.\n\n{text}\n\n{closing}\n\n"
-        f"![curves](report.png)\n\nCurves are those of seed 0. Recipes: `recipes/{recipe_folder}/`. {elapsed}.\n",
+        f"![curves](report.png)\n\nCurves are those of seed 0. Recipes: `recipes/quick/`. {elapsed}.\n",
         encoding="utf-8",
     )
     if arguments.json:
