@@ -1,5 +1,6 @@
 """Tables of methods: what they refuse, what they plan, and one that runs, fails in a row, stops and goes on."""
 
+import itertools
 import json
 import signal
 import subprocess
@@ -34,7 +35,7 @@ def test_tables_plan_every_row(path, tmp_path):
             assert abs(images - spec.images) <= sum(r.data.batch_size for r in stages) / 2
         assert {r.seed for r in (*stages, probe)} == {1} and probe.init[0].source == str(stages[-1].folder)
         assert len({r.folder for r in (*stages, probe)}) == len(chain.runs)
-        for before, after in zip(stages, stages[1:], strict=False):
+        for before, after in itertools.pairwise(stages):
             assert str(before.folder) in [init.source for init in after.init]
         default = [init.source for r in stages for init in r.init if init.source.startswith("runs/")]
         assert default == [], "a stage reads the default folder of another run"
