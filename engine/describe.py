@@ -12,7 +12,7 @@ from engine.optim import is_weight
 from engine.recipe import Recipe, RecipeError, micro_steps
 from engine.schedules import Horizon, to_steps, value
 from loaders.index import is_there
-from models import backbones, cost, methods
+from models import cost, methods
 
 
 def missing(recipe: Recipe, *, resumes: bool = False) -> list[str]:
@@ -110,18 +110,24 @@ def _parameters(recipe: Recipe, method: methods.Method) -> list[str]:
 
 def _cost(recipe: Recipe, method: methods.Method, images: float | None) -> list[str]:
     lines = ["", f"{'forward of one view':24}{'float GMACs':>14}{'binary GMACs':>14}{'OPs (1e9)':>11}"]
-    macs = 0.0
-    for name, part in method.named_modules():
-        if not isinstance(part, backbones.Backbone):
-            continue
-        sizes = [view.size for view in recipe.data.views[: method.views_per_backbone]]
-        counted = [cost.count(part, size) for size in sizes]
-        first = counted[0]
-        float_gmacs, binary_gmacs, ops = (x / 1e9 for x in (first.float_macs, first.binary_macs, first.ops))
-        lines.append(f"{name:24}{float_gmacs:>14.3f}{binary_gmacs:>14.3f}{ops:>11.4f}")
-        is_trained = any(p.requires_grad for p in part.parameters())
-        # Training runs binary convolutions as dense ones; backward costs twice the forward.
-        macs += sum(c.float_macs + c.binary_macs for c in counted) * (3 if is_trained else 1)
-    total = f", {2 * macs * images / 1e18:.3g} EFLOP for the run" if images else ""
-    lines.append(f"training: {2 * macs / 1e9:.1f} GFLOP an image in the backbones (2 per multiply-accumulate){total}")
+    sizes = [view.size for view in recipe.data.views]
+    for part in cost.parts(method, sizes):
+        counted = cost.count(part.network, part.sizes[0])
+        float_gmacs, binary_gmacs, ops = (x / 1e9 for x in (counted.float_macs, counted.binary_macs, counted.ops))
+        lines.append(f"{part.name:24}{float_gmacs:>14.3f}{binary_gmacs:>14.3f}{ops:>11.4f}")
+    flops = cost.training_flops(method, sizes)
+    total = f", {flops * images / 1e18:.3g} EFLOP for the run" if images else ""
+    lines.append(f"training: {flops / 1e9:.1f} GFLOP an image in the backbones (2 per multiply-accumulate){total}")
+    for name, speed in predictions(recipe).items():
+        hours = f", {images / speed / 3600:,.1f} hours" if images else ""
+        lines.append(f"predicted on one {name}: {speed:,.0f} images/s{hours} ({cost.GPUS[name].source} ceilings)")
     return lines
+
+
+def predictions(recipe: Recipe) -> dict[str, float]:
+    """GPU -> predicted images per second of the compiled step in 16 bit (`models/cost.py`), never measured here."""
+    with torch.device("meta"):
+        method = methods.load(recipe.method.name).Method(recipe.method)
+    sizes = [view.size for view in recipe.data.views]
+    flops, traffic = cost.training_flops(method, sizes), cost.eager_traffic(method, sizes)
+    return {name: cost.predicted_images_per_second(gpu, flops, traffic) for name, gpu in cost.GPUS.items()}

@@ -26,6 +26,7 @@ from engine.recipe import Recipe, RecipeError, micro_steps
 from engine.schedules import Horizon, due, value
 from loaders import DataError, Index
 from models import methods
+from models.backbones import Backbone
 from models.methods import Method
 
 # Exit codes of tools/train.py, besides 0 and 1 (an unforeseen error).
@@ -104,7 +105,11 @@ class Trainer:
         )
 
         if recipe.run.compile:
-            self.method.compile(dynamic=False)  # in place: keys of the checkpoint never know of it
+            # Backbones alone, each one graph that all of its views share; heads and losses are 0.2 % of the
+            # arithmetic. In place: keys of the checkpoint never know of it.
+            for part in self.method.modules():
+                if isinstance(part, Backbone):
+                    part.compile(fullgraph=True, dynamic=False)
         self.model: torch.nn.Module = self.method
         if world.world_size > 1:
             # Statistics of BatchNorm stay per rank, as in the reference; evaluations use rank 0's.
@@ -117,6 +122,7 @@ class Trainer:
         self.method.train()
         self.trained = [p for p in self.method.parameters() if p.requires_grad]
         self.values = {name: torch.zeros((), device=world.device) for name in recipe.method.schedules}
+        self.mark = _unmarked
         self._guarded = self.steps_done > 0  # a run that has passed once may go on, whatever became of it
         self._signal: int | None = None
 
@@ -136,19 +142,23 @@ class Trainer:
         torch.manual_seed((self.recipe.seed << 31) + self.steps_done)
         bad = torch.zeros((), dtype=torch.bool, device=self.world.device)
         for micro_step in range(self.micro_steps):
+            self.mark("load")
             started = time.perf_counter()
             batch = next(self.loader)
             self.clock.waited(time.perf_counter() - started)
+            self.mark("forward")
             is_last = micro_step == self.micro_steps - 1
             # Gradients are reduced over ranks once per optimizer step, with the last micro-step.
             with nullcontext() if is_last or self.model is self.method else self.model.no_sync():  # type: ignore[operator]
                 with torch.autocast(self.world.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
                     scalars = self.model(batch.views, batch.label, self.values)
+                self.mark("backward")
                 self.scaler.scale(scalars["loss"] / self.micro_steps).backward()
             bad |= ~scalars["loss"].detach().isfinite()
             self.meter.add(scalars)
         if due(self.steps_done + 1, self.recipe.run.log_every, self.horizon):
             self._watched = batch.views[0][:IMAGES].clone()
+        self.mark("optimizer")
         if not self._guarded:
             self._guard()
         self.method.before_update(now)
@@ -423,6 +433,10 @@ def run(recipe: Recipe, *, resume: bool = False, allow_changes: bool = False) ->
         logger.info(f"{recipe.folder}: done in {duration(time.perf_counter() - started)}")
     finally:
         dist.stop()
+
+
+def _unmarked(phase: str) -> None:
+    """Where a phase of the step begins; `--benchmark` puts a clock here."""
 
 
 def _to_channels_last(module: torch.nn.Module) -> None:

@@ -1,13 +1,19 @@
-"""Parameters and operations of a network, counted on the meta device."""
+"""Parameters, operations and memory traffic of networks and methods, counted on the meta device."""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from models import backbones
 from models.binary import BinaryConv2d
+from models.methods import Method
 
 
 class Cost(NamedTuple):
@@ -20,6 +26,29 @@ class Cost(NamedTuple):
     def ops(self) -> float:
         """The field's single number: a binary multiply-accumulate counts 1/64."""
         return self.float_macs + self.binary_macs / 64
+
+    @property
+    def macs(self) -> int:
+        """What training computes: it runs binary convolutions as dense ones."""
+        return self.float_macs + self.binary_macs
+
+
+class Gpu(NamedTuple):
+    """What a device can do at best."""
+
+    flops: float
+    """FLOP/s of a large product in 16 bit."""
+    bytes: float
+    """Bytes per second of a large copy, read and written."""
+    source: str
+
+
+# Measured on an H200; for the others the same share of the data sheet's numbers.
+GPUS = {
+    "H200": Gpu(790e12, 4.3e12, "measured"),
+    "H100": Gpu(790e12, 3.0e12, "data sheet x the H200's measured share"),
+    "A100": Gpu(249e12, 1.8e12, "data sheet x the H200's measured share"),
+}
 
 
 def count(network: nn.Module, size: int) -> Cost:
@@ -51,3 +80,91 @@ def count(network: nn.Module, size: int) -> Cost:
         for hook in hooks:
             hook.remove()
     return Cost(totals["float"], totals["binary"])
+
+
+class Part(NamedTuple):
+    """A backbone of a method, in training."""
+
+    name: str
+    network: nn.Module
+    sizes: list[int]
+    """Sides of the views that it runs."""
+    is_trained: bool
+
+
+def parts(method: Method, sizes: Sequence[int]) -> Iterator[Part]:
+    """The backbones of a method that gets views of these sides."""
+    for name, network in method.named_modules():
+        if isinstance(network, backbones.Backbone):
+            is_trained = any(parameter.requires_grad for parameter in network.parameters())
+            yield Part(name, network, list(sizes[: method.views_per_backbone]), is_trained)
+
+
+def training_flops(method: Method, sizes: Sequence[int]) -> float:
+    """FLOPs of one image in the backbones, 2 per multiply-accumulate; backward costs twice the forward."""
+    return float(
+        sum(
+            2 * count(part.network, size).macs * (3 if part.is_trained else 1)
+            for part in parts(method, sizes)
+            for size in part.sizes
+        )
+    )
+
+
+class Traffic(NamedTuple):
+    """Bytes that kernels read and write for one image."""
+
+    convolutions: float
+    others: float
+
+
+class _Traffic(TorchDispatchMode):
+    """Adds up the bytes of the tensors that each operator reads and writes, once for each operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolutions, self.others = 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            moved = sum(t.nbytes for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor))
+            if "convolution" in str(func):
+                self.convolutions += moved
+            else:
+                self.others += moved
+        return out
+
+
+def eager_traffic(method: Method, sizes: Sequence[int], dtype: torch.dtype = torch.float16) -> Traffic:
+    """Bytes of one image through the backbones, one kernel for each operator, in a stream of `dtype`.
+
+    The difference between a batch of three and one of two, so that weights do not count.
+    """
+    totals = [0.0, 0.0]
+    for part in parts(method, sizes):
+        network = copy.deepcopy(part.network).to(dtype).train()
+        for size in set(part.sizes):
+            found = []
+            for batch in (2, 3):
+                network.zero_grad()
+                with _Traffic() as traffic, torch.set_grad_enabled(part.is_trained):
+                    features = network(torch.empty(batch, 3, size, size, device="meta", dtype=dtype))
+                    if part.is_trained:
+                        features.backward(torch.empty_like(features))
+                found.append((traffic.convolutions, traffic.others))
+            views = part.sizes.count(size)
+            totals = [total + views * (more - less) for total, less, more in zip(totals, *found, strict=True)]
+    return Traffic(*totals)
+
+
+# Shares assumed of the ceilings, and of the eager bytes that are left after fusion by torch.compile (788 of 1,194 MB an
+# image for BURN's networks, by Inductor's own account). A prediction to be missed: --benchmark prints it beside what it
+# measures.
+CONVOLUTION_SHARE, COPY_SHARE, LEFT_AFTER_FUSION = 0.6, 0.82, 0.66
+
+
+def predicted_images_per_second(gpu: Gpu, flops: float, traffic: Traffic) -> float:
+    """Speed of the compiled step: convolutions at their share of the product, all else at its share of the copy."""
+    rest = max(LEFT_AFTER_FUSION * (traffic.convolutions + traffic.others) - traffic.convolutions, 0.0)
+    return 1 / (flops / (CONVOLUTION_SHARE * gpu.flops) + rest / (COPY_SHARE * gpu.bytes))

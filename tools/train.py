@@ -12,10 +12,11 @@ or SIGUSR1 and saved, go on with --resume; 1 anything else.
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 import _root  # noqa: F401
 
-from engine import bench, dist, train
+from engine import bench, bench_step, dist, train
 from engine import recipe as recipes
 from engine.checkpoint import CheckpointError
 from engine.describe import describe, missing
@@ -37,8 +38,9 @@ def main() -> int:
     parser.add_argument("--dry-run", action="store_true", help="print what would be done and what is missing")
     parser.add_argument(
         "--benchmark",
-        choices=["loader"],
-        help="measure instead of training: `loader` every back end of this machine on the recipe's views",
+        choices=["loader", "step", "train"],
+        help="measure instead of training: `loader` every back end of this machine on the recipe's views, `step` the "
+        "training step beside the authors' way, by phase, `train` the same with the recipe's loader",
     )
     parser.add_argument("--json", type=Path, help="also write what --benchmark measured here")
     arguments = parser.parse_intermixed_args()
@@ -49,16 +51,20 @@ def main() -> int:
             print(describe(recipe))
             return 0
         if arguments.benchmark:
-            result = bench.loader(recipe)
-            print(bench.table(result))
-            if arguments.json:
-                bench.write(result, arguments.json)
+            mode: Any = bench if arguments.benchmark == "loader" else bench_step
+            result = bench.loader(recipe) if mode is bench else bench_step.measure(recipe, arguments.benchmark)
+            if dist.environment_rank() == 0:
+                print(mode.table(result))
+                if arguments.json:
+                    bench.write(result, arguments.json)
             return 0
         if problems := missing(recipe, resumes=arguments.resume):
             raise RecipeError(f"{arguments.recipe}: {'; '.join(problems)}")
         train.run(recipe, resume=arguments.resume, allow_changes=arguments.allow_changes)
     except (RecipeError, DataError, CheckpointError, WeightsError) as error:
         return _fail(error, train.EXIT_BAD_INPUT)
+    except bench_step.NotEqual as error:
+        return _fail(error, 1)
     except train.NotFinite as error:
         return _fail(error, train.EXIT_NOT_FINITE)
     except train.Untrained as error:
