@@ -70,6 +70,9 @@ class RunConfig(_Section):
     amp: Literal["off", "bf16", "fp16"] = "off"
     channels_last: bool = True
     compile: bool = False
+    kernels: Literal["torch", "fused"] = "torch"
+    """`fused`: half-blocks of the binary network in one pass each (`models/halfblock.py`), by Triton on a GPU. Not the
+    default before it was measured on one."""
     log_every: PositiveDuration = "50it"
     save_every: PositiveDuration = "10ep"
     keep: int = Field(default=2, ge=1)

@@ -28,6 +28,7 @@ from loaders import DataError, Index
 from models import methods
 from models.backbones import Backbone
 from models.methods import Method
+from models.reactnet import ReActNet
 
 # Exit codes of tools/train.py, besides 0 and 1 (an unforeseen error).
 EXIT_BAD_INPUT = 2
@@ -104,6 +105,10 @@ class Trainer:
             }
         )
 
+        if recipe.run.kernels == "fused":
+            for part in self.method.modules():
+                if isinstance(part, ReActNet) and part.config.activations == "binary":
+                    part.fused = True
         if recipe.run.compile:
             # Backbones alone, each one graph that all of its views share; heads and losses are 0.2 % of the
             # arithmetic. In place: keys of the checkpoint never know of it.

@@ -68,6 +68,29 @@ class _WeightClamp(torch.autograd.Function):
         return grad * (weight.abs() <= 1), None
 
 
+class _WeightSign(torch.autograd.Function):
+    """sign(w) whose scale α is applied after the convolution, with the gradients of the two above.
+
+    The gradient that arrives is that of the unscaled convolution, α times the scaled one's: just what BURN's
+    estimator wants, and to be divided by α for ReActNet's.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, scale: Tensor, estimator: Estimator) -> Tensor:
+        ctx.estimator = estimator
+        if estimator == "reactnet":
+            ctx.save_for_backward(weight, scale)
+        return weight.sign()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        if ctx.estimator == "burn":
+            return grad, None, None
+        weight, scale = ctx.saved_tensors
+        tiny = torch.finfo(scale.dtype).tiny
+        return grad / scale.clamp(min=tiny) * (weight.abs() <= 1), None, None
+
+
 _ACTIVATION = {"burn": _SignClip, "reactnet": _SignQuadratic}
 _WEIGHT = {"burn": _WeightIdentity, "reactnet": _WeightClamp}
 
@@ -82,8 +105,12 @@ def binarize_weight(weight: Tensor, estimator: Estimator = "burn") -> Tensor:
 
     The scale is computed in the weight's own precision (XNOR-Net, eq. 6; ReActNet, section 3).
     """
-    scale = weight.detach().abs().mean(dim=(1, 2, 3), keepdim=True)  # [C_out, 1, 1, 1]
-    return _WEIGHT[estimator].apply(weight, scale)
+    return _WEIGHT[estimator].apply(weight, weight_scale(weight))
+
+
+def weight_scale(weight: Tensor) -> Tensor:
+    """α [C_out, 1, 1, 1]: the detached mean of |w| over one output channel."""
+    return weight.detach().abs().mean(dim=(1, 2, 3), keepdim=True)
 
 
 class BinaryConv2d(nn.Conv2d):
@@ -116,6 +143,13 @@ class BinaryConv2d(nn.Conv2d):
         if self.weights == "binary":
             weight = binarize_weight(weight, self.estimator)
         return F.conv2d(x, weight, stride=self.stride, padding=self.padding)
+
+    def on_signs(self) -> tuple[Tensor, Tensor]:
+        """What to convolve signs with, and the scale [C_out] that belongs on the result."""
+        if self.weights == "real":
+            return self.weight, torch.ones_like(self.weight[:, 0, 0, 0])
+        scale = weight_scale(self.weight)
+        return _WeightSign.apply(self.weight, scale, self.estimator), scale.flatten()
 
     def extra_repr(self) -> str:
         """Name the precision beside the shape."""

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from models.binary import BinaryConv2d, Estimator, Precision, RPReLU, Shift
+from models.binary import BinaryConv2d, Estimator, Precision, RPReLU, Shift, binarize_activation
+from models.halfblock import HalfBlock, Residual, half_block
 
 # Output channels of the stem and the 13 blocks, as multiples of the stem's width (ReActNet, table of section 4).
 CHANNEL_MULTIPLES = (1, 2, 4, 4, 8, 8, 16, 16, 16, 16, 16, 16, 32, 32)
@@ -72,6 +73,57 @@ class Block(nn.Module):
         halves = [norm(conv(z)) + h for conv, norm in zip(self.conv1x1, self.norm2, strict=True)]
         return self.act2(halves[0] if len(halves) == 1 else torch.cat(halves, dim=1))
 
+    def fused(self, stream: Tensor, sign: Tensor, threshold: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The same in two passes over memory for each half (`models/halfblock.py`), in training mode.
+
+        Args:
+            stream: the block's input [B, C, H, W], channels_last.
+            sign: its signs beyond `shift1`.
+            threshold: the next block's `shift1` [C'], None after the last block.
+
+        Returns:
+            The block's output and its signs for the next block.
+        """
+        residual: Residual = "pooled" if self.stride == 2 else "same"
+        half = _half([self.conv3x3], [self.norm1], self.act1, sign, stream, self.shift2.bias.flatten(), residual)
+        assert half.sign is not None
+        residual = "same" if len(self.conv1x1) == 1 else "doubled"
+        # Two convolutions of one input are one of twice the channels.
+        half = _half(self.conv1x1, self.norm2, self.act2, half.sign, half.stream, threshold, residual)
+        return half.stream, half.sign
+
+
+def _half(
+    convs: Any, norms: Any, act: RPReLU, sign: Tensor, stream: Tensor, threshold: Tensor | None, residual: Residual
+) -> HalfBlock:
+    weights, scales = zip(*(conv.on_signs() for conv in convs), strict=True)
+    weight, scale = torch.cat(weights), torch.cat(scales)
+    conv = convs[0]
+    c = F.conv2d(sign, weight.to(sign.dtype), stride=conv.stride, padding=conv.padding)
+    half = half_block(
+        c,
+        stream,
+        gamma=torch.cat([norm.weight for norm in norms]),
+        beta=torch.cat([norm.bias for norm in norms]),
+        eps=norms[0].eps / scale.square(),
+        shift_in=act.shift_in.bias.flatten(),
+        slope=act.prelu.weight,
+        shift_out=act.shift_out.bias.flatten(),
+        threshold=threshold,
+        residual=residual,
+        estimator=conv.estimator,
+    )
+    with torch.no_grad():
+        # Checkpoints hold the statistics of the scaled convolution.
+        count = c.numel() // c.shape[1]
+        means = (half.mean * scale).chunk(len(norms))
+        variances = (half.var * scale.square() * (count / max(count - 1, 1))).chunk(len(norms))
+        for norm, mean, variance in zip(norms, means, variances, strict=True):
+            norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
+            norm.running_var.lerp_(variance.to(norm.running_var.dtype), norm.momentum)
+            norm.num_batches_tracked += 1
+    return half
+
 
 class ReActNet(nn.Module):
     """ReActNet-A without a classifier.
@@ -95,6 +147,8 @@ class ReActNet(nn.Module):
         )
         self.out_channels = channels[-1]
         self.fc = nn.Linear(channels[-1], channels[-1]) if config.pooled_mlp else None
+        self.fused = False
+        """Run training steps through `Block.fused`; needs binary activations. State and keys are the same."""
         self._initialise()
 
     def _initialise(self) -> None:
@@ -113,8 +167,17 @@ class ReActNet(nn.Module):
         for side in x.shape[-2:]:
             check_side(side, self.config.stem_stride)
         x = self.stem(x)
+        if self.fused and self.training:
+            return self._fused(x)
         for block in self.blocks:
             x = block(x)
+        return x
+
+    def _fused(self, x: Tensor) -> Tensor:
+        blocks: Any = list(self.blocks)
+        sign: Any = binarize_activation(blocks[0].shift1(x), self.config.estimator)
+        for block, after in zip(blocks, [*blocks[1:], None], strict=True):
+            x, sign = block.fused(x, sign, after.shift1.bias.flatten() if after is not None else None)
         return x
 
     def pooled(self, x: Tensor) -> Tensor:

@@ -1,0 +1,231 @@
+"""Half a ReActNet block in one pass: BatchNorm, residual, RPReLU and the sign that the next convolution reads.
+
+    u = (c - mean) · rstd · γ + β + residual + shift_in,   h = PReLU(u) + shift_out,   s = sign(h + threshold)
+
+The residual is the stream itself, its 2x2 average (stride 2), or the stream twice (doubling). For the backward pass
+only c and the stream are kept: u, h and the mask of the sign's estimator are made again from them, which BatchNorm's
+backward reads anyway. The formulas are written once in PyTorch, for the CPU and as what the Triton kernels
+(`models/halfblock_triton.py`) are tested against; a tensor's device decides which of both runs.
+
+Convolutions before it see signs on both sides, so their results are whole numbers; the weight's scale α enters here:
+BN(α·c; ε) = BN(c; ε / α²).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.library import triton_op
+
+from models.binary import Estimator
+
+Residual = Literal["same", "pooled", "doubled"]
+
+
+class HalfBlock(NamedTuple):
+    """What `half_block` returns."""
+
+    stream: Tensor  # h [B, C, H, W]
+    sign: Tensor | None  # s of the same shape and dtype, None without a threshold
+    mean: Tensor  # [C] of c over the batch, no gradient
+    var: Tensor  # [C], biased
+
+
+def half_block(
+    c: Tensor,
+    stream: Tensor,
+    *,
+    gamma: Tensor,
+    beta: Tensor,
+    eps: Tensor,
+    shift_in: Tensor,
+    slope: Tensor,
+    shift_out: Tensor,
+    threshold: Tensor | None,
+    residual: Residual,
+    estimator: Estimator,
+) -> HalfBlock:
+    """Half a block in training mode.
+
+    Args:
+        c: the convolution's result [B, C, H, W], channels_last.
+        stream: [B, C, H, W], [B, C, 2H, 2W] (pooled) or [B, C/2, H, W] (doubled), channels_last.
+        gamma, beta, shift_in, slope, shift_out, threshold: [C], in at least float32; without a threshold no sign.
+        eps: [C], BatchNorm's ε over the squared scale of the convolution's weights.
+        residual: how `stream` becomes the residual.
+        estimator: of the sign's gradient.
+    """
+    c = c.contiguous(memory_format=torch.channels_last)
+    stream = stream.contiguous(memory_format=torch.channels_last)
+    h, s, mean, var = _HalfBlock.apply(
+        c, stream, gamma, beta, eps, shift_in, slope, shift_out, threshold, residual, estimator
+    )
+    return HalfBlock(h, s, mean, var)
+
+
+class _HalfBlock(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        c: Tensor,
+        stream: Tensor,
+        gamma: Tensor,
+        beta: Tensor,
+        eps: Tensor,
+        shift_in: Tensor,
+        slope: Tensor,
+        shift_out: Tensor,
+        threshold: Tensor | None,
+        residual: Residual,
+        estimator: Estimator,
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        mean, var = statistics(c)
+        rstd = torch.rsqrt(var + eps)
+        scale = gamma * rstd
+        shift = beta + shift_in - mean * scale
+        has_sign = threshold is not None
+        border = threshold if threshold is not None else shift_out
+        h, s = apply(c, stream, scale, shift, slope, shift_out, border, residual, has_sign)
+        ctx.save_for_backward(c, stream, scale, shift, slope, shift_out, border, mean, rstd)
+        ctx.options = (residual, estimator, has_sign)
+        ctx.mark_non_differentiable(mean, var)
+        return h, s if has_sign else None, mean, var
+
+    @staticmethod
+    def backward(ctx: Any, grad_h: Tensor, grad_s: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        c, stream, scale, shift, slope, shift_out, border, mean, rstd = ctx.saved_tensors
+        residual, estimator, has_sign = ctx.options
+        grad_h = grad_h.contiguous(memory_format=torch.channels_last)
+        signs = grad_s if has_sign and grad_s is not None else grad_h
+        signs = signs.contiguous(memory_format=torch.channels_last)
+        uses_sign = has_sign and grad_s is not None
+        du, sums = backward_sums(
+            grad_h, signs, c, stream, scale, shift, slope, shift_out, border, mean, rstd, residual,
+            estimator, uses_sign,
+        )  # fmt: skip
+        d_beta, d_gamma, d_out, d_threshold, d_slope = sums.unbind()
+        count = c.numel() // c.shape[1]
+        m0, m1 = d_beta / count, d_gamma / count
+        dc = backward_input(du, c, scale, -scale * rstd * m1, -scale * (m0 - mean * rstd * m1))
+        d_stream = _to_stream(du, residual)
+        return (dc, d_stream, d_gamma, d_beta, None, d_beta, d_slope, d_out,
+                d_threshold if has_sign else None, None, None)  # fmt: skip
+
+
+def _to_stream(du: Tensor, residual: str) -> Tensor:
+    if residual == "doubled":
+        one, other = du.chunk(2, dim=1)
+        return one + other
+    if residual == "pooled":
+        return F.interpolate(du * 0.25, scale_factor=2.0, mode="nearest")
+    return du
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _channels(x: Tensor) -> Tensor:
+    return x.view(1, -1, 1, 1)
+
+
+# Each of the four is one kernel on a GPU (and a small sum over its tiles), and plain PyTorch elsewhere.
+
+
+@triton_op("burn::half_block_statistics", mutates_args=())
+def statistics(c: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance [C] of [B, C, H, W] over the batch, in at least float32."""
+    if c.is_cuda:
+        from models import halfblock_triton as kernels
+
+        return kernels.statistics(c)
+    var, mean = torch.var_mean(_wide(c), dim=(0, 2, 3), correction=0)
+    return mean, var
+
+
+@triton_op("burn::half_block_apply", mutates_args=())
+def apply(
+    c: Tensor,
+    stream: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    slope: Tensor,
+    shift_out: Tensor,
+    threshold: Tensor,
+    residual: str,
+    has_sign: bool,
+) -> tuple[Tensor, Tensor]:
+    """h and s of the module's formula, u = c · scale + shift + residual; s is empty without a sign."""
+    if c.is_cuda:
+        from models import halfblock_triton as kernels
+
+        return kernels.apply(c, stream, scale, shift, slope, shift_out, threshold, residual, has_sign)
+    u = _u(c, stream, scale, shift, residual)
+    h = (torch.where(u > 0, u, u * _channels(slope)) + _channels(shift_out)).to(c.dtype)
+    # The sign of the rounded h, so that forward and backward agree to the bit.
+    s = (_wide(h) + _channels(threshold)).sign().to(c.dtype) if has_sign else c.new_empty(0)
+    return h, s
+
+
+@triton_op("burn::half_block_backward_sums", mutates_args=())
+def backward_sums(
+    grad_h: Tensor,
+    grad_s: Tensor,
+    c: Tensor,
+    stream: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    slope: Tensor,
+    shift_out: Tensor,
+    threshold: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    residual: str,
+    estimator: str,
+    has_sign: bool,
+) -> tuple[Tensor, Tensor]:
+    """du, which is the stream's gradient too, and [5, C]: dβ (= d shift_in), dγ, d shift_out, d threshold, d slope."""
+    if c.is_cuda:
+        from models import halfblock_triton as kernels
+
+        return kernels.backward_sums(
+            grad_h, grad_s, c, stream, scale, shift, slope, shift_out, threshold, mean, rstd, residual, estimator,
+            has_sign,
+        )  # fmt: skip
+    u = _u(c, stream, scale, shift, residual)
+    positive = u > 0
+    g = _wide(grad_h)
+    d_threshold = torch.zeros_like(mean)
+    if has_sign:
+        h = (torch.where(positive, u, u * _channels(slope)) + _channels(shift_out)).to(c.dtype)
+        z = (_wide(h) + _channels(threshold)).abs()
+        through = _wide(grad_s) * ((z <= 1) if estimator == "burn" else (2 - 2 * z).clamp(min=0))
+        d_threshold = through.sum(dim=(0, 2, 3))
+        g = g + through
+    du = torch.where(positive, g, g * _channels(slope))
+    normal = (_wide(c) - _channels(mean)) * _channels(rstd)
+    d_slope = torch.where(positive, torch.zeros_like(g), g * u).sum(dim=(0, 2, 3))
+    sums = [du.sum(dim=(0, 2, 3)), (du * normal).sum(dim=(0, 2, 3)), g.sum(dim=(0, 2, 3)), d_threshold, d_slope]
+    return du.to(c.dtype), torch.stack(sums)
+
+
+@triton_op("burn::half_block_backward_input", mutates_args=())
+def backward_input(du: Tensor, c: Tensor, k0: Tensor, k1: Tensor, k2: Tensor) -> Tensor:
+    """dc = k0 · du + k1 · c + k2 with k of [C]: BatchNorm's backward."""
+    if c.is_cuda:
+        from models import halfblock_triton as kernels
+
+        return kernels.backward_input(du, c, k0, k1, k2)
+    return (_wide(du) * _channels(k0) + _wide(c) * _channels(k1) + _channels(k2)).to(c.dtype)
+
+
+def _u(c: Tensor, stream: Tensor, scale: Tensor, shift: Tensor, residual: str) -> Tensor:
+    wide = _wide(stream)
+    if residual == "pooled":
+        wide = F.avg_pool2d(wide, 2)
+    elif residual == "doubled":
+        wide = torch.cat((wide, wide), dim=1)
+    return _wide(c) * _channels(scale) + _channels(shift) + wide

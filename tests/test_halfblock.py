@@ -1,0 +1,250 @@
+"""The fused half-block: against the plain network in float64, kernels by the interpreter, their machine code."""
+
+import copy
+import itertools
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from models import halfblock
+from models.reactnet import Config, ReActNet
+from tests.conftest import ROOT, differences, run, tiny
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+F64 = torch.float64
+
+
+def networks(**keys):
+    """A network whose every parameter has left its initial value, and its fused twin."""
+    torch.manual_seed(0)
+    net = ReActNet(Config(width=3, **keys)).to(memory_format=torch.channels_last).train()
+    with torch.no_grad():
+        for name, parameter in net.named_parameters():
+            if any(part in name for part in ("shift", "norm", "prelu")):
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    other = copy.deepcopy(net)
+    other.fused = True
+    return net, other
+
+
+@pytest.mark.parametrize("weights", ["real", "binary"])
+@pytest.mark.parametrize("estimator", ["burn", "reactnet"])
+def test_fused_network_equals_the_plain_one_in_float64(weights, estimator):
+    torch.set_default_dtype(F64)
+    try:
+        net, other = networks(weights=weights, estimator=estimator)
+        x = torch.randn(5, 3, 64, 32).contiguous(memory_format=torch.channels_last)
+        a, b = net(x), other(x)
+        g = torch.randn_like(a)
+        a.backward(g), b.backward(g)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.allclose(a, b, atol=1e-12)
+    for (name, p), q in zip(net.named_parameters(), other.parameters(), strict=True):
+        assert (p.grad - q.grad).norm() <= 1e-10 * p.grad.norm(), name
+    for (name, p), q in zip(net.named_buffers(), other.buffers(), strict=True):
+        assert torch.allclose(p, q, atol=1e-12), name
+    net.eval(), other.eval()
+    assert torch.allclose(net(x), other(x), atol=1e-12)
+
+
+def test_convolutions_before_a_fused_half_give_whole_numbers():
+    _, net = networks()
+    seen = []
+    original = halfblock.statistics
+    try:
+        halfblock.statistics = lambda c: seen.append(c.detach()) or original(c)
+        net(torch.randn(2, 3, 32, 32).contiguous(memory_format=torch.channels_last))
+    finally:
+        halfblock.statistics = original
+    assert len(seen) == 26 and all(torch.equal(c, c.round()) for c in seen)
+
+
+def test_fused_network_is_one_graph():
+    _, net = networks()
+    explained = torch._dynamo.explain(net)(torch.randn(2, 3, 32, 32).contiguous(memory_format=torch.channels_last))
+    assert explained.graph_break_count == 0 and explained.graph_count == 1
+    torch._dynamo.reset()
+
+
+def test_checkpoints_do_not_know_of_kernels(tmp_path):
+    plain = tiny("burn_stage2.yaml", tmp_path / "a")
+    fused = tiny("burn_stage2.yaml", tmp_path / "b", "run.kernels=fused")
+    a, b = run(plain), run(fused)
+    assert a["method"].keys() == b["method"].keys()
+    moved = [name for name in a["method"] if not torch.allclose(a["method"][name], b["method"][name], atol=0.1)]
+    assert len(moved) < len(a["method"]) / 2  # float32 rounding flips signs, the runs stay near each other
+    longer = tiny("burn_stage2.yaml", tmp_path / "b", "run.kernels=torch", "run.duration=8it")
+    assert run(longer, resume=True, allow_changes=True)["step"] == 8
+    assert differences(b["method"], b["method"]) == []
+
+
+# ------------------------------------------------------------------------------------------------ kernels
+
+
+def inputs(residual, dtype, batch, channels, height, width):
+    torch.manual_seed(channels + height)
+
+    def nhwc(b, c, h, w, scale=1.0):
+        return (torch.randn(b, c, h, w) * scale).to(dtype).contiguous(memory_format=torch.channels_last)
+
+    c = nhwc(batch, channels, height, width, 30.0)
+    if residual == "pooled":
+        stream = nhwc(batch, channels, 2 * height, 2 * width)
+    elif residual == "doubled":
+        stream = nhwc(batch, channels // 2, height, width)
+    else:
+        stream = nhwc(batch, channels, height, width)
+    vectors = [torch.randn(channels) * scale for scale in (0.03, 0.3, 0.5, 0.3, 0.3)]
+    grads = [nhwc(batch, channels, height, width) for _ in range(2)]
+    return c, stream, vectors, grads
+
+
+def in_a_process(function, **environment):
+    """Run a function of this file in a process whose Triton reads these variables when it is imported."""
+    command = [sys.executable, "-c", f"from tests import test_halfblock; test_halfblock.{function}()"]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def interpret():
+    """All kernels against the PyTorch functions, by the interpreter; what torch.empty gives is NaN."""
+    from models import halfblock_triton as kernels
+
+    empty, empty_like = torch.empty, torch.empty_like
+    torch.empty = lambda *a, **k: empty(*a, **k).fill_(float("nan"))
+    torch.empty_like = lambda *a, **k: empty_like(*a, **k).fill_(float("nan"))
+
+    def same(x):
+        return x
+
+    shapes = [(2, 48, 5, 7), (1, 16, 3, 3), (3, 20, 9, 5), (2, 130, 4, 2)]  # ragged rows and columns
+    cases = itertools.product(("same", "pooled", "doubled"), ("burn", "reactnet"), (True, False), shapes)
+    for number, (residual, estimator, has_sign, shape) in enumerate(cases):
+        dtype = (torch.float32, torch.float16, torch.bfloat16)[number % 3]
+        c, stream, (scale, shift, slope, out, threshold), (gh, gs) = inputs(residual, dtype, *shape)
+        what = f"{residual} {estimator} sign={has_sign} {shape} {dtype}"
+        near = {"atol": 2e-5, "rtol": 2e-5} if dtype == torch.float32 else {"atol": 2e-2, "rtol": 2e-2}
+        for mine, wanted in zip(kernels.statistics(c, wrap=same), halfblock.statistics(c), strict=True):
+            assert torch.allclose(mine, wanted, rtol=1e-4, atol=1e-3), what
+        wanted = halfblock.apply(c, stream, scale, shift, slope, out, threshold, residual, has_sign)
+        got = kernels.apply(c, stream, scale, shift, slope, out, threshold, residual, has_sign, wrap=same)
+        assert torch.allclose(got[0].float(), wanted[0].float(), **near), what
+        if has_sign:
+            z = got[0].float() + threshold.view(1, -1, 1, 1)
+            assert torch.equal(got[1].float(), z.sign()), what  # of the h that was stored, to the bit
+        mean, var = halfblock.statistics(c)
+        rest = (
+            c,
+            stream,
+            scale,
+            shift,
+            slope,
+            out,
+            threshold,
+            mean,
+            (var + 1e-5).rsqrt(),
+            residual,
+            estimator,
+            has_sign,
+        )
+        du, sums = kernels.backward_sums(gh, gs, *rest, wrap=same)
+        wanted_du, wanted_sums = halfblock.backward_sums(gh, gs, *rest)
+        # Where |z| is at the estimator's edge, two roundings of h may fall on two sides: few places, never in float32.
+        off = ~torch.isclose(du.float(), wanted_du.float(), **near)
+        assert off.float().mean() <= (0 if dtype == torch.float32 else 5e-3), (what, off.float().mean())
+        scale_of_sums = wanted_sums.abs().amax(dim=1, keepdim=True).clamp(min=1.0)
+        tolerance = 1e-4 if dtype == torch.float32 else 3e-2
+        clean = ~off.any(dim=3).any(dim=2).any(dim=0)  # channels without such a place
+        assert clean.float().mean() > 0.5, what
+        assert ((sums - wanted_sums).abs() / scale_of_sums)[:, clean].max() < tolerance, what
+        got = kernels.backward_input(gh, c, scale, slope, shift, wrap=same)
+        assert torch.allclose(got.float(), halfblock.backward_input(gh, c, scale, slope, shift).float(), **near), what
+
+
+def test_kernels_by_the_interpreter():
+    in_a_process("interpret", TRITON_INTERPRET="1")
+
+
+def machine_code():
+    """Compile every kernel for sm_90 without a GPU; registers, spills and 16-byte accesses."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from models import halfblock_triton as kernels
+
+    class Driver:
+        def get_current_target(self):
+            return GPUTarget("cuda", 90, 32)
+
+        def get_active_torch_device(self):
+            return torch.device("cuda", 0)
+
+        def get_current_device(self):
+            return 0
+
+        def is_active(self):
+            return True
+
+    triton.runtime.driver.set_active(Driver())
+    dump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    half = dict.fromkeys(
+        ("c_ptr", "stream_ptr", "h_ptr", "s_ptr", "grad_h_ptr", "grad_s_ptr", "du_ptr", "dc_ptr"), "*fp16"
+    )
+    bm, bc = kernels.tile(256)
+    flags = [{"POOLED": p, "DOUBLED": d} for p, d in ((False, False), (True, False), (False, True))]
+    plan = [(kernels._statistics_kernel, {"ROWS": kernels.ROWS}), (kernels._input_kernel, {})]
+    plan += [(kernels._apply_kernel, {**flag, "SIGN": True}) for flag in flags]
+    plan += [
+        (kernels._sums_kernel, {**flag, "SIGN": True, "QUADRATIC": quadratic, "ROWS": kernels.ROWS})
+        for flag in flags
+        for quadratic in (False, True)
+    ]
+    for kernel, flag in plan:
+        constants = {**flag, "BM": bm, "BC": bc}
+        names = kernel.arg_names
+        signature = {
+            n: "constexpr" if n in constants else half.get(n, "*fp32" if n.endswith("_ptr") else "i32") for n in names
+        }
+        divisible = [i for i, n in enumerate(names) if n.endswith("_ptr") or n in ("C", "M", "stream_channels")]
+        compiled = triton.compile(
+            ASTSource(
+                fn=kernel,
+                signature=signature,
+                constexprs={(names.index(n),): value for n, value in constants.items()},
+                attrs={(i,): [["tt.divisibility", 16]] for i in divisible},
+            ),
+            target=GPUTarget("cuda", 90, 32),
+            options={"num_warps": 4},
+        )
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(compiled.asm["cubin"])
+            file.flush()
+            said = [
+                subprocess.run([dump, how, file.name], capture_output=True, text=True)
+                for how in ("-res-usage", "-sass")
+            ]
+        usage, code = (done.stdout + done.stderr for done in said)
+        registers = int(re.search(r"REG:(\d+)", usage)[1])
+        spilled = len(re.findall(r"\b(?:LDL|STL)", code))
+        wide = len(re.findall(r"(?:LDG|STG)\.E[^ ]*128", code))
+        print(kernel.__name__, flag, "registers", registers, "spilled", spilled, "16-byte accesses", wide)
+        assert registers <= (168 if kernel is kernels._sums_kernel else 128), (kernel.__name__, flag, registers)
+        assert spilled == 0, (kernel.__name__, flag)
+        assert wide >= 1, (kernel.__name__, flag)
+
+
+@pytest.mark.slow
+def test_machine_code_for_hopper(tmp_path):
+    dump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    if not os.access(dump, os.X_OK):
+        pytest.skip("this Triton brings no cuobjdump")
+    in_a_process("machine_code", TRITON_CACHE_DIR=str(tmp_path))
