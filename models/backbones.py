@@ -20,3 +20,11 @@ Backbone = ReActNet | ResNet
 def build(config: ReActNetConfig | ResNetConfig) -> Backbone:
     """Build a backbone: images [B, 3, H, W] to features [B, `out_channels`]."""
     return ReActNet(config) if isinstance(config, ReActNetConfig) else ResNet(config)
+
+
+def frozen(config: ReActNetConfig | ResNetConfig, *, folds: bool) -> Backbone:
+    """Build a teacher: nothing of it trains; with `folds` a ResNet drops its BatchNorm in evaluation mode."""
+    network = build(config).requires_grad_(False)
+    if isinstance(network, ResNet):
+        network.folds = folds
+    return network

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from itertools import pairwise
+from typing import Any, Literal
 
 import torch
 import torchvision
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 
 class Config(BaseModel):
@@ -27,6 +29,7 @@ class ResNet(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
+        self.config = config
         net = getattr(torchvision.models, config.arch)(weights=None)
         self.out_channels: int = net.fc.in_features
         if config.stem == "small":
@@ -35,9 +38,45 @@ class ResNet(nn.Module):
             net.maxpool = nn.Identity()
         for name in ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"):
             self.add_module(name, getattr(net, name))
+        self.folds = False
+        """In evaluation mode, run with BatchNorm folded into the convolutions: for a frozen teacher."""
+        self._folded: list[ResNet] = []  # in a list, so that it is no child and not in the state
+        self._folded_from: Any = None
+
+    def train(self, mode: bool = True) -> ResNet:
+        """Switch the mode; folding happens here, so load weights before."""
+        super().train(mode)
+        tensors = [*self.parameters(), *self.buffers()]
+        if self.folds and not mode and not tensors[0].is_meta:
+            now = [(t.data_ptr(), t._version, t.dtype, t.device) for t in tensors]
+            if now != self._folded_from:
+                self._folded, self._folded_from = [folded(self)], now
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         """Images [B, 3, H, W] to features [B, 512 or 2048]."""
+        if self._folded and not self.training:
+            return self._folded[0](x)
         for module in self.children():
             x = module(x)
         return torch.flatten(x.mean(dim=(2, 3)), 1)
+
+
+@torch.no_grad()
+def folded(network: ResNet) -> ResNet:
+    """A copy in evaluation mode without BatchNorm: W' = W·γ/√(σ² + ε), b' = β - μ·γ/√(σ² + ε), made in float64."""
+    parameter = next(network.parameters())
+    twin = ResNet(network.config).to(parameter.device, torch.float64)
+    twin.load_state_dict(network.state_dict())
+    twin.eval().requires_grad_(False)
+    for module in list(twin.modules()):
+        names = list(module._modules)
+        for conv, norm in pairwise(names):  # torchvision registers every BatchNorm behind its convolution
+            one, other = module._modules[conv], module._modules[norm]
+            if isinstance(one, nn.Conv2d) and isinstance(other, nn.BatchNorm2d):
+                module._modules[conv] = fuse_conv_bn_eval(one, other)
+                module._modules[norm] = nn.Identity()
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in twin.modules())
+    layout = torch.channels_last if parameter.is_contiguous(memory_format=torch.channels_last) else None
+    twin.to(parameter.dtype)
+    return twin.to(memory_format=layout) if layout else twin

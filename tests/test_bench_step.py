@@ -145,6 +145,10 @@ def test_cost_of_burns_step():
     # some 10 % more than here, where an operator counts each of its tensors once.
     recipe, method = burn()
     assert cost.training_flops(method, [224, 224]) == pytest.approx(74.3e9, rel=0.002)
+    config = recipe.method.model_copy(update={"teacher_bn": "eval"})
+    with torch.device("meta"):
+        folding = methods.load("burn").Method(config).train()
+    assert cost.training_flops(folding, [224, 224]) == cost.training_flops(method, [224, 224])
     traffic = cost.eager_traffic(method, [224, 224])
     assert sum(traffic) == pytest.approx(1329e6, rel=0.15)
     wide = cost.eager_traffic(method, [224, 224], torch.float32)

@@ -343,3 +343,30 @@ def test_file_with_code_is_refused(tmp_path):
         with pytest.raises(weights.WeightsError, match=name):
             weights.read(tmp_path / name)
     assert not (tmp_path / "canary").exists()
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+def test_folded_teacher_equals_the_plain_one(arch):
+    torch.set_default_dtype(torch.float64)
+    try:
+        net = backbones.frozen(ResNetConfig(arch=arch), folds=True)
+        x = torch.randn(4, 3, 64, 64)
+        for module in net.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.weight.uniform_(0.5, 1.5), module.bias.normal_()
+                module.running_mean.normal_(), module.running_var.uniform_(0.5, 2)
+        plain = ResNet(net.config)
+        plain.load_state_dict(net.state_dict())  # the same keys
+        wanted = plain.eval()(x).detach()
+        net.eval()
+        got, first = net(x), net._folded[0]
+        assert torch.allclose(got, wanted, rtol=1e-12, atol=1e-12 * wanted.abs().max().item())
+        assert not any(isinstance(m, nn.BatchNorm2d) for m in first.modules())
+        assert torch.allclose(net.train()(x), plain.train()(x))  # training mode knows nothing of it
+        net.train(False)
+        assert net._folded[0] is not first  # running statistics moved
+        assert net.eval()._folded[0] is net.eval()._folded[0]  # and nothing since
+        net.load_state_dict(ResNet(net.config).state_dict())
+        assert not torch.allclose(net.eval()(x), wanted, rtol=1e-3)
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -50,7 +50,7 @@ class Method(Base):
         self.config = config
         self.student = backbones.build(config.student)
         self.student_head = MLP(self.student.out_channels, config.hidden_dim, config.out_dim, norm=True)
-        self.teacher = backbones.build(config.teacher).requires_grad_(False)
+        self.teacher = backbones.frozen(config.teacher, folds=config.teacher_bn == "eval")
         self.teacher_head = MLP(self.teacher.out_channels, config.hidden_dim, config.out_dim, norm=True)
         self.teacher_head.requires_grad_(config.target_gradient != "none")
 

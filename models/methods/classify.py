@@ -61,7 +61,7 @@ class Method(Base):
         nn.init.normal_(self.classifier.weight, std=0.01)  # as BURN's linear head
         nn.init.zeros_(self.classifier.bias)
         if config.teacher is not None:
-            self.teacher = backbones.build(config.teacher).requires_grad_(False)
+            self.teacher = backbones.frozen(config.teacher, folds=True)
             self.teacher_classifier = nn.Linear(self.teacher.out_channels, config.num_classes).requires_grad_(False)
         if config.trains != "all":
             self.backbone.requires_grad_(False)

@@ -55,7 +55,7 @@ class Method(Base):
         self.backbone = backbones.build(config.backbone)
         width = self.backbone.out_channels
         self.head = MLP(width, width, config.out_dim, norm=False)
-        self.teacher = backbones.build(config.teacher).requires_grad_(False)
+        self.teacher = backbones.frozen(config.teacher, folds=True)
         width = self.teacher.out_channels
         self.teacher_head = MLP(width, config.teacher_hidden_dim or width, config.out_dim, norm=False)
         self.teacher_head.requires_grad_(False)
