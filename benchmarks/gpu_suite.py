@@ -1,0 +1,209 @@
+"""Everything that only a GPU can tell, in at most ten minutes: one command, one JSON.
+
+    python benchmarks/gpu_suite.py --out benchmarks/gpu.json
+
+Runs with torch alone; what needs DALI or images is skipped with its reason. Without a GPU it says so and ends.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch
+import torch.nn.functional as F
+
+from engine import bench_step
+from engine import recipe as recipes
+from engine.log import environment
+from models import halfblock
+from models.binary import BinaryConv2d
+from models.reactnet import Config, ReActNet
+
+
+class Skip(Exception):
+    """A section cannot run here, and why."""
+
+
+def shapes() -> list[tuple[str, int, int, int, int, int]]:
+    """The distinct binary convolutions of ReActNet-A at 224: name, C_in, C_out, kernel, stride, input side."""
+    found: dict[tuple[int, ...], str] = {}
+    with torch.device("meta"):
+        network = ReActNet(Config())
+
+        def add(name: str) -> Callable[..., None]:
+            def hook(module: Any, args: Any, output: Any) -> None:
+                key = (
+                    module.in_channels,
+                    module.out_channels,
+                    module.kernel_size[0],
+                    module.stride[0],
+                    args[0].shape[-1],
+                )
+                found.setdefault(key, name)
+
+            return hook
+
+        for name, module in network.named_modules():
+            if isinstance(module, BinaryConv2d):
+                module.register_forward_hook(add(name))
+        network(torch.empty(1, 3, 224, 224))
+    return [(name, *key) for key, name in found.items()]  # type: ignore[misc]
+
+
+def exact_convolutions() -> dict[str, Any]:
+    """Products of signs in fp16 must be whole numbers, equal to the bit to float64's."""
+    wrong = []
+    for name, c_in, c_out, kernel, stride, side in shapes():
+        x = torch.randn(8, c_in, side, side, device="cuda").sign().to(memory_format=torch.channels_last)
+        w = torch.randn(c_out, c_in, kernel, kernel, device="cuda").sign()
+        options = {"stride": stride, "padding": kernel // 2}
+        got = F.conv2d(x.half(), w.half(), **options)
+        if not torch.equal(got.double(), F.conv2d(x.double(), w.double(), **options)):
+            wrong.append(name)
+    return {"shapes": len(shapes()), "not_equal": wrong}
+
+
+def half_blocks() -> dict[str, Any]:
+    """The kernels against PyTorch on this device, at real sizes; and what of the copy ceiling they reach."""
+    ceiling = bench_step.ceilings(torch.device("cuda"))
+    assert ceiling is not None
+    cases = (("same", 128, 56), ("pooled", 256, 28), ("doubled", 512, 14), ("same", 1024, 7))
+    return {
+        f"{residual} {channels} {side}": _half_block(residual, channels, side, ceiling["copy_bytes_per_second"])
+        for residual, channels, side in cases
+    }
+
+
+def _half_block(residual: str, channels: int, side: int, copy: float) -> dict[str, Any]:
+    from models import halfblock_triton as kernels
+
+    torch.manual_seed(0)
+
+    def nhwc(channels: int, side: int, scale: float = 1.0) -> torch.Tensor:
+        x = torch.randn(256, channels, side, side, device="cuda") * scale
+        return x.half().contiguous(memory_format=torch.channels_last)
+
+    c, grad_h, grad_s = nhwc(channels, side, 30.0), nhwc(channels, side), nhwc(channels, side)
+    stream = nhwc(channels // (2 if residual == "doubled" else 1), side * (2 if residual == "pooled" else 1))
+    vectors = [torch.randn(channels, device="cuda") * s for s in (0.03, 0.3, 0.5, 0.3, 0.3)]
+    scale, shift, slope, out, threshold = vectors
+
+    mean, var = kernels.statistics(c)
+    want_var, want_mean = torch.var_mean(c.float(), dim=(0, 2, 3), correction=0)
+    assert torch.allclose(mean, want_mean, atol=1e-3, rtol=1e-4) and torch.allclose(var, want_var, rtol=1e-3)
+    h, s = kernels.apply(c, stream, scale, shift, slope, out, threshold, residual, True)
+    u = halfblock._u(c, stream, scale, shift, residual)
+    want = torch.where(u > 0, u, u * halfblock._channels(slope)) + halfblock._channels(out)
+    assert torch.allclose(h.float(), want, atol=2e-2, rtol=2e-2)
+    assert torch.equal(s.float(), (h.float() + halfblock._channels(threshold)).sign())
+    rest = (c, stream, *vectors, mean, (var + 1e-5).rsqrt(), residual, "burn", True)
+    work: dict[str, tuple[Callable[[], Any], int]] = {
+        "statistics": (lambda: kernels.statistics(c), c.nbytes),
+        "apply": (lambda: kernels.apply(c, stream, *vectors, residual, True), 3 * c.nbytes + stream.nbytes),
+        "backward_sums": (lambda: kernels.backward_sums(grad_h, grad_s, *rest), 4 * c.nbytes + stream.nbytes),
+        "backward_input": (lambda: kernels.backward_input(grad_h, c, scale, shift, slope), 3 * c.nbytes),
+    }
+    times = {name: (_seconds(run), moved) for name, (run, moved) in work.items()}
+    return {name: {"us": 1e6 * seconds, "of_copy": moved / seconds / copy} for name, (seconds, moved) in times.items()}
+
+
+def _seconds(work: Callable[[], Any]) -> float:
+    for _ in range(3):
+        work()
+    times = []
+    for _ in range(20):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        work()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / 1000)
+    return sorted(times)[len(times) // 2]
+
+
+def step(recipe: str, micro_batch: int) -> dict[str, Any]:
+    """Every arm of the step benchmark, interleaved."""
+    loaded = recipes.load(
+        ROOT / "recipes" / recipe,
+        [f"data.batch_size={micro_batch}", f"data.micro_batch={micro_batch}", "data.backend=synthetic",
+         "data.expect_images=null", "data.options={}", "run.device=cuda"],
+    )  # fmt: skip
+    result = bench_step.measure(loaded, "step", steps=10, rounds=4, warm_up=5)
+    print(bench_step.table(result), flush=True)
+    return result
+
+
+def with_loader(images: Path | None) -> dict[str, Any]:
+    """The step fed by DALI, decoding on the GPU."""
+    if images is None:
+        raise Skip("no images: --images FOLDER, such as tools/make_images.py photos makes")
+    from loaders import dali_loader
+
+    if lacks := dali_loader.missing():
+        raise Skip(lacks)
+    loaded = recipes.load(
+        ROOT / "recipes" / "burn_stage2.yaml",
+        [f"data.train={images}", "data.batch_size=256", "data.micro_batch=256", "data.expect_images=null",
+         "run.device=cuda", "evals=[]"],
+    )  # fmt: skip
+    result = bench_step.measure(loaded, "train", steps=8, rounds=3, warm_up=5)
+    print(bench_step.table(result), flush=True)
+    return result
+
+
+def tests() -> dict[str, Any]:
+    """tests/test_gpu.py."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_gpu.py"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    return {"exit_code": done.returncode, "said": done.stdout[-3000:]}
+
+
+def main() -> int:
+    """Run every section; one that fails leaves its error and the others run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "gpu.json")
+    parser.add_argument("--images", type=Path, help="a folder of class folders, for the step with DALI")
+    parser.add_argument("--micro-batch", type=int, default=256)
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("no CUDA device: nothing to measure", file=sys.stderr)
+        return 2
+    started = time.monotonic()
+    result: dict[str, Any] = {"device": torch.cuda.get_device_name(), "environment": environment(), "sections": {}}
+    sections: dict[str, Callable[[], Any]] = {
+        "ceilings": lambda: bench_step.ceilings(torch.device("cuda")),
+        "exact convolutions": exact_convolutions,
+        "half blocks": half_blocks,
+        "step, BURN stage 2": lambda: step("burn_stage2.yaml", arguments.micro_batch),
+        "tests": tests,
+        "with loader": lambda: with_loader(arguments.images),
+        "step, BURN stage 1": lambda: step("burn_stage1.yaml", arguments.micro_batch),
+    }
+    for name, section in sections.items():
+        print(f"== {name} ({time.monotonic() - started:.0f} s)", flush=True)
+        try:
+            result["sections"][name] = section()
+        except Skip as reason:
+            result["sections"][name] = {"skipped": str(reason)}
+        except Exception:
+            traceback.print_exc()
+            result["sections"][name] = {"failed": traceback.format_exc()[-3000:]}
+        torch.cuda.empty_cache()
+        # After each section: a machine that is taken away keeps what is done.
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(result, indent=1, default=str) + "\n", encoding="utf-8")
+    print(f"{arguments.out}: {time.monotonic() - started:.0f} s")
+    return 1 if any("failed" in (part or {}) for part in result["sections"].values()) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
