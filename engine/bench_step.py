@@ -351,14 +351,14 @@ class Running:
 
 
 def saved_bytes(trainer: Trainer, batch: Batch) -> int:
-    """Bytes that one forward pass keeps for the backward, without the parameters themselves."""
-    parameters = {p.untyped_storage().data_ptr() for p in trainer.method.parameters()}
-    parameters |= {b.untyped_storage().data_ptr() for b in trainer.method.buffers()}
+    """Bytes that one forward pass keeps for the backward, beside parameters and images."""
+    given = (*trainer.method.parameters(), *trainer.method.buffers(), *batch.views)
+    there = {tensor.untyped_storage().data_ptr() for tensor in given}
     storages: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
+        if storage.data_ptr() not in there:
             storages[storage.data_ptr()] = storage.nbytes()
         return tensor
 
@@ -367,7 +367,7 @@ def saved_bytes(trainer: Trainer, batch: Batch) -> int:
         with torch.autocast(trainer.world.device.type, amp, enabled=amp is not None):
             loss = trainer.method(batch.views, batch.label, _first_values(trainer))["loss"]
     del loss
-    return sum(storages.values()) - sum(view.untyped_storage().nbytes() for view in batch.views[:1])
+    return sum(storages.values())
 
 
 def kernels(running: Running) -> int | None:
