@@ -69,8 +69,10 @@ def tiny_overrides(path: Path, folder: Path) -> list[str]:
             "method.out_dim=8",
         ]
     elif method.name == "moco":
+        is_binary = method.backbone.arch == "reactnet" and method.backbone.activations == "binary"
+        real = "{arch: reactnet, width: 2, weights: real, activations: real}"
         overrides += [
-            "method.backbone={arch: reactnet, width: 2, weights: real, activations: real}",
+            f"method.backbone={STUDENT % method.backbone.weights if is_binary else real}",
             "method.out_dim=8",
             "method.queue_size=48",
         ]
@@ -106,6 +108,16 @@ def tiny(path: Path | str, folder: Path, *more: str) -> Recipe:
     """A tiny version of a recipe of this repository, with further overrides."""
     path = ROOT / "recipes" / path
     return recipes.load(path, [*tiny_overrides(path, folder), *more])
+
+
+def distinct() -> list[Path]:
+    """Recipes whose tiny versions differ in more than names and numbers: one of each, for what takes long."""
+    found: dict[Any, Path] = {}
+    for path in sorted(RECIPES, key=lambda p: len(p.parts)):
+        recipe = tiny(path, Path("nowhere"))
+        sizes = tuple(view.size for view in recipe.data.views)
+        found.setdefault((recipe.method.model_dump_json(), recipe.optim.name, sizes), path)
+    return list(found.values())
 
 
 def run(recipe: Recipe, **options: Any) -> dict[str, Any]:

@@ -16,8 +16,10 @@ from models.weights import WeightsError
 from tests.conftest import (
     RECIPE_IDS,
     RECIPES,
+    ROOT,
     assert_same_run,
     differences,
+    distinct,
     last_state,
     rows,
     run,
@@ -27,6 +29,7 @@ from tests.conftest import (
 )
 
 ALL = pytest.mark.parametrize("path", RECIPES, ids=RECIPE_IDS)
+KINDS = pytest.mark.parametrize("path", distinct(), ids=lambda path: str(path.relative_to(ROOT / "recipes")))
 
 
 def trainer_of(recipe, **options):
@@ -149,7 +152,7 @@ def cut(recipe, folder, step):
     return again
 
 
-@ALL
+@KINDS
 def test_resume_is_exact(path, tmp_path):
     recipe = tiny(path, tmp_path / "whole", "data.options.num_images=20", "run.log_every=2it", "run.save_every=1it")
     run(recipe)
@@ -173,7 +176,7 @@ def test_resume_from_every_step(tmp_path):
         shutil.rmtree(tmp_path / f"cut{step}")
 
 
-@ALL
+@KINDS
 def test_two_runs_are_equal(path, tmp_path):
     # reliability.md 5
     a, b = (tiny(path, tmp_path / name) for name in "ab")
@@ -190,7 +193,7 @@ def ranks_run(recipe_path, folder, overrides, resume):
     train.run(tiny(recipe_path, folder, *overrides), resume=resume)
 
 
-@ALL
+@KINDS
 def test_resume_is_exact_on_two_ranks(path, tmp_path):
     overrides = ["data.micro_batch=4", "run.save_every=1it", "run.log_every=2it"]
     whole = tiny(path, tmp_path / "whole", *overrides)
