@@ -22,7 +22,7 @@ from engine import checkpoint, dist, evals, optim
 from engine.dist import World
 from engine.log import Clock, Meter, RunLog, duration, environment, logger, versions
 from engine.monitors import IMAGES, Monitors
-from engine.recipe import Recipe, RecipeError, micro_steps
+from engine.recipe import Recipe, RecipeError, micro_steps, resolve
 from engine.schedules import Horizon, due, value
 from loaders import DataError, Index
 from models import methods
@@ -375,7 +375,7 @@ class Trainer:
 
     def _restore(self, path: Path, allow_changes: bool) -> None:
         state = checkpoint.load(path)
-        then, now = state["identity"], self._identity()
+        then, now = _filled(state, path), self._identity()
         changed = [
             f"{key} was {then.get(key)}, is {now.get(key)}" for key in {**then, **now} if then.get(key) != now.get(key)
         ]
@@ -489,6 +489,16 @@ def _check_data(recipe: Recipe, indices: dict[str, Index]) -> None:
             if split == "train" and recipe.data.on_bad_image == "stop":
                 raise DataError(f"{text}; remove or repair them, or set data.on_bad_image=replace")
             logger.warning(text)
+
+
+def _filled(state: dict[str, Any], path: Path) -> dict[str, Any]:
+    """A checkpoint's identity, where keys that its engine did not know yet have today's defaults."""
+    try:
+        today = resolve(yaml.safe_load(state["recipe"]), path)
+    except RecipeError:
+        return state["identity"]
+    flat = _flatten(yaml.safe_load(today.dump()))
+    return {**{key: item for key, item in flat.items() if key not in (*_FREE, *_COVERED)}, **state["identity"]}
 
 
 def _flatten(content: Any, prefix: str = "") -> dict[str, Any]:

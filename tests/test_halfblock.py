@@ -4,6 +4,7 @@ import copy
 import itertools
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -12,9 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from engine import checkpoint
+from engine.recipe import RecipeError
 from models import halfblock
 from models.reactnet import Config, ReActNet
-from tests.conftest import ROOT, differences, run, tiny
+from tests.conftest import ROOT, run, tiny
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 F64 = torch.float64
@@ -82,7 +85,21 @@ def test_checkpoints_do_not_know_of_kernels(tmp_path):
     assert len(moved) < len(a["method"]) / 2  # float32 rounding flips signs, the runs stay near each other
     longer = tiny("burn_stage2.yaml", tmp_path / "b", "run.kernels=torch", "run.duration=8it")
     assert run(longer, resume=True, allow_changes=True)["step"] == 8
-    assert differences(b["method"], b["method"]) == []
+
+
+def test_a_checkpoint_from_before_a_key_resumes_with_its_default(tmp_path):
+    recipe = tiny("burn_stage2.yaml", tmp_path)
+    state = run(recipe)
+    folder = recipe.folder / "checkpoints"
+    del state["identity"]["run.kernels"]
+    state["recipe"] = state["recipe"].replace("  kernels: torch\n", "")
+    assert "kernels" not in state["recipe"]
+    shutil.rmtree(folder)
+    state.pop("format")
+    checkpoint.save(folder, state.pop("step"), state, 1)
+    run(recipe, resume=True)
+    with pytest.raises(RecipeError, match=r"run\.kernels was torch, is fused"):
+        run(tiny("burn_stage2.yaml", tmp_path, "run.kernels=fused"), resume=True)
 
 
 # ------------------------------------------------------------------------------------------------ kernels
