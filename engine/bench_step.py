@@ -135,6 +135,7 @@ def trainer_of(arm: Arm, world: World, folder: Path) -> Trainer:
 
 
 def _one_kernel_for_each_parameter(optimizer: torch.optim.Optimizer) -> None:
+    optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]  # a promise of the fused form
     for group in optimizer.param_groups:
         if "fused" in group:
             group.update(fused=False, foreach=False)
@@ -239,8 +240,8 @@ class _Timed(nn.Module):
 def watch(trainer: Trainer, phases: Phases) -> None:
     """Put the clock into a trainer's step and, on one process, around the backbones of its method."""
     trainer.mark = phases.mark
-    if trainer.model is not trainer.method:
-        return  # DDP owns the parts
+    if trainer.model is not trainer.method or getattr(trainer.recipe.method, "trains", "all") not in ("all", "linear"):
+        return  # DDP owns the parts; or they are not called as a whole
     for name, part in list(trainer.method.named_modules()):
         if isinstance(part, backbones.Backbone):
             is_trained = any(parameter.requires_grad for parameter in part.parameters())
@@ -268,7 +269,8 @@ def gate(all_arms: Sequence[Arm], world: World, folder: Path) -> dict[str, float
         torch.set_default_dtype(torch.float64)
         try:
             recipe = arm.recipe.model_copy(update={"run": arm.recipe.run.model_copy(update={"amp": "off"})})
-            data = recipe.data.model_copy(update={"batch_size": GATE_IMAGES, "micro_batch": GATE_IMAGES})
+            sizes = {"batch_size": GATE_IMAGES * world.world_size, "micro_batch": GATE_IMAGES}
+            data = recipe.data.model_copy(update=sizes)
             recipe = recipe.model_copy(update={"data": data})
             trainer = trainer_of(arm._replace(recipe=recipe), world, folder)
             batch = next(Resident(recipe.model_copy(update={"run": arm.recipe.run}), world.device, GATE_IMAGES))
@@ -281,8 +283,9 @@ def gate(all_arms: Sequence[Arm], world: World, folder: Path) -> dict[str, float
             reference = loss.detach(), gradients
             continue
         scale = torch.stack([g.norm() for g in reference[1].values()]).norm()
-        worst = max(float((gradients[n] - g).abs().max() / scale) for n, g in reference[1].items())
-        worst = max(worst, float((loss.detach() - reference[0]).abs() / reference[0].abs().clamp(min=1e-30)))
+        apart = [(gradients[name] - wanted).abs().max() / scale for name, wanted in reference[1].items()]
+        apart.append((loss.detach() - reference[0]).abs() / reference[0].abs().clamp(min=1e-30))
+        worst = float(torch.stack(apart).max())  # not a number if any is not
         if not worst <= GATE_TOLERANCE:
             raise NotEqual(f"arm {arm.name} differs from the reference by {worst:.2g} in float64; nothing was timed")
         found[arm.name] = worst
@@ -417,15 +420,18 @@ def _measure(
     chosen = arms(recipe, device)
     limits = ceilings(device)
     equal = gate(chosen, world, folder)
-    running = [Running(arm, world, folder) for arm in chosen]
+    running: list[Running] = []
     details: dict[str, dict[str, Any]] = {}
-    for one in running:
-        one.feed(Resident(one.arm.recipe, device))
+    for arm in chosen:
+        before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
+        one = Running(arm, world, folder)
+        running.append(one)
+        one.feed(Resident(one.arm.recipe, device))
         one.run(warm_up)
         details[one.arm.name] = {
-            "peak_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
+            "peak_bytes": torch.cuda.max_memory_allocated() - before if device.type == "cuda" else None,
             "kernels": kernels(one),
             "saved_bytes_per_image": saved_bytes(one.trainer, next(Resident(one.arm.recipe, device)))
             / recipe.data.micro_batch,
@@ -480,7 +486,7 @@ def _summary(
         "times_reference": median(base) / median(times),
         "phases_ms": {name: median(step.get(name, 0.0) for step in all_steps) for name in names},
         "tflops": speed * flops / 1e12,
-        "of_matmul": speed * flops / limits["matmul_flops"] if limits else None,
+        "of_matmul": speed * flops / limits["matmul_flops"] / one.trainer.world.world_size if limits else None,
     }
 
 

@@ -22,7 +22,7 @@ from engine.log import logger
 from engine.recipe import InitConfig
 from models import weights
 
-FORMAT = 1
+FORMAT = 2
 _NAME = re.compile(r"step-(\d{9})-([0-9a-f]{16})\.pt")
 
 

@@ -57,6 +57,9 @@ class LARS(torch.optim.Optimizer):
         rate_in_buffer: `lars` rather than `larc`.
     """
 
+    # A loss scaler then hands over its verdict as a tensor instead of waiting for it.
+    _step_supports_amp_scaling = True
+
     def __init__(
         self, params: Iterable[dict[str, Any]], *, momentum: float, trust: float, rate_in_buffer: bool
     ) -> None:
@@ -65,7 +68,9 @@ class LARS(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One update of all parameters that have a gradient."""
+        """One update of all parameters that have a gradient; none where a loss scaler has found an overflow."""
+        assert getattr(self, "grad_scale", None) is None, "gradients are unscaled before the step"
+        overflow = getattr(self, "found_inf", None)  # 0-d, 0 or more
         for group in self.param_groups:
             weights = [p for p in group["params"] if p.grad is not None]
             if not weights:
@@ -79,9 +84,16 @@ class LARS(torch.optim.Optimizer):
             if group["decayed"]:
                 torch._foreach_mul_(updates, self._rates(weights, gradients, group))
             lr = group["lr"]
+            before = torch._foreach_clone(buffers) if overflow is not None else []
             torch._foreach_mul_(buffers, group["momentum"])
             torch._foreach_add_(buffers, updates, alpha=lr if group["rate_in_buffer"] else 1.0)
-            torch._foreach_add_(weights, buffers, alpha=-1.0 if group["rate_in_buffer"] else -lr)
+            if overflow is not None:
+                for buffer, old in zip(buffers, before, strict=True):
+                    buffer.copy_(torch.where(overflow > 0, old, buffer))
+                moves = [torch.where(overflow > 0, torch.zeros_like(buffer), buffer) for buffer in buffers]
+            else:
+                moves = buffers
+            torch._foreach_add_(weights, moves, alpha=-1.0 if group["rate_in_buffer"] else -lr)
 
     @staticmethod
     def _rates(weights: list[Any], gradients: list[Any], group: dict[str, Any]) -> list[torch.Tensor]:

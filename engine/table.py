@@ -6,7 +6,7 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -46,6 +46,9 @@ class Table(_Section):
     """A recipe that runs once, at its own length and seed; rows name its run folder in their `init`."""
     probe: str
     """The linear evaluation of every row."""
+    layer: Literal["pooled", "features"] = "pooled"
+    """What it looks at: the pooled map, which every network has and S2-BNN probes, or the network's features, which
+    with `pooled_mlp` lie behind one more layer and its ReLU and are not comparable with those of a network without."""
     knn: EvalConfig = EvalConfig(kind="knn", every="100%")
     rows: tuple[Row, ...] = Field(min_length=1)
 
@@ -169,6 +172,7 @@ def _probe(table: Table, path: Path, run: Run, folder: Path, seed: int, extra: l
     part = evaluated_part(recipe)
     network: Any = dict(recipe.method)[part]
     init = [{"from": str(recipe.folder), "load": {"backbone": part}}]
+    below = table.layer == "pooled" and getattr(network, "pooled_mlp", False)
     return Run(
         _at(path, table.probe),
         [
@@ -177,6 +181,7 @@ def _probe(table: Table, path: Path, run: Run, folder: Path, seed: int, extra: l
             f"seed={seed}",
             f"method.backbone={network.model_dump_json()}",
             f"init={json.dumps(init)}",
+            *(["method.trains=pre-fc"] if below else []),
             *extra,
         ],
     )

@@ -279,14 +279,16 @@ class Trainer:
 
     def _log_step(self, step: int) -> None:
         now = {name: value(s, step - 1, self.horizon) for name, s in self.recipe.schedules.items()}
-        self.meter.add(self.monitors.read(self._watched))
+        with torch.compiler.set_stance("force_eager"):  # other batch sizes would be other graphs
+            self.meter.add(self.monitors.read(self._watched))
         images_left = (self.horizon.total_steps - step) * self.recipe.data.batch_size
         row = {**self.meter.read(), **now, **self.clock.read(images_left)}
         if self.log:
             self.log.row(step, row)
 
     def _evaluate(self, config: Any, step: int) -> None:
-        scores = evals.run(config, self.method, self.recipe.data, self.indices, self.world)
+        with torch.compiler.set_stance("force_eager"):
+            scores = evals.run(config, self.method, self.recipe.data, self.indices, self.world)
         if self.log:
             self.log.row(step, {**scores, "online": True}, evaluation=config.kind)
 

@@ -106,12 +106,13 @@ class _HalfBlock(torch.autograd.Function):
             grad_h, signs, c, stream, scale, shift, slope, shift_out, border, mean, rstd, residual,
             estimator, uses_sign,
         )  # fmt: skip
-        d_beta, d_gamma, d_out, d_threshold, d_slope = sums.unbind()
+        # shift_in has β's gradient, in memory of its own: two parameters must not share what they add up in.
+        d_beta, d_gamma, d_out, d_threshold, d_slope, d_in = torch.cat((sums, sums[:1])).unbind()
         count = c.numel() // c.shape[1]
         m0, m1 = d_beta / count, d_gamma / count
         dc = backward_input(du, c, scale, -scale * rstd * m1, -scale * (m0 - mean * rstd * m1))
         d_stream = _to_stream(du, residual)
-        return (dc, d_stream, d_gamma, d_beta, None, d_beta, d_slope, d_out,
+        return (dc, d_stream, d_gamma, d_beta, None, d_in, d_slope, d_out,
                 d_threshold if has_sign else None, None, None)  # fmt: skip
 
 
@@ -128,6 +129,10 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def _has_kernels(c: Tensor) -> bool:
+    return c.is_cuda and c.dtype != torch.float64  # they compute in float32; float64 is there to check them
+
+
 def _channels(x: Tensor) -> Tensor:
     return x.view(1, -1, 1, 1)
 
@@ -138,7 +143,7 @@ def _channels(x: Tensor) -> Tensor:
 @triton_op("burn::half_block_statistics", mutates_args=())
 def statistics(c: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance [C] of [B, C, H, W] over the batch, in at least float32."""
-    if c.is_cuda:
+    if _has_kernels(c):
         from models import halfblock_triton as kernels
 
         return kernels.statistics(c)
@@ -159,7 +164,7 @@ def apply(
     has_sign: bool,
 ) -> tuple[Tensor, Tensor]:
     """h and s of the module's formula, u = c · scale + shift + residual; s is empty without a sign."""
-    if c.is_cuda:
+    if _has_kernels(c):
         from models import halfblock_triton as kernels
 
         return kernels.apply(c, stream, scale, shift, slope, shift_out, threshold, residual, has_sign)
@@ -188,7 +193,7 @@ def backward_sums(
     has_sign: bool,
 ) -> tuple[Tensor, Tensor]:
     """du, which is the stream's gradient too, and [5, C]: dβ (= d shift_in), dγ, d shift_out, d threshold, d slope."""
-    if c.is_cuda:
+    if _has_kernels(c):
         from models import halfblock_triton as kernels
 
         return kernels.backward_sums(
@@ -215,7 +220,7 @@ def backward_sums(
 @triton_op("burn::half_block_backward_input", mutates_args=())
 def backward_input(du: Tensor, c: Tensor, k0: Tensor, k1: Tensor, k2: Tensor) -> Tensor:
     """dc = k0 · du + k1 · c + k2 with k of [C]: BatchNorm's backward."""
-    if c.is_cuda:
+    if _has_kernels(c):
         from models import halfblock_triton as kernels
 
         return kernels.backward_input(du, c, k0, k1, k2)

@@ -54,8 +54,8 @@ def _residual(
 
 @triton.jit
 def _statistics_kernel(c_ptr, sum_ptr, square_ptr, M, C, ROWS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr):
-    cols = tl.program_id(0) * BC + tl.arange(0, BC)
-    part = tl.program_id(1)
+    part = tl.program_id(0)
+    cols = tl.program_id(1) * BC + tl.arange(0, BC)
     col_mask = cols < C
     total = tl.zeros((BM, BC), tl.float32)
     square = tl.zeros((BM, BC), tl.float32)
@@ -75,8 +75,8 @@ def _apply_kernel(
     M, C, stream_channels, height, width,
     POOLED: tl.constexpr, DOUBLED: tl.constexpr, SIGN: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    cols = tl.program_id(0) * BC + tl.arange(0, BC)
-    rows = tl.program_id(1) * BM + tl.arange(0, BM)
+    rows = tl.program_id(0) * BM + tl.arange(0, BM)  # on the first axis, which alone takes more than 65,535
+    cols = tl.program_id(1) * BC + tl.arange(0, BC)
     col_mask, row_mask = cols < C, rows < M
     mask = row_mask[:, None] & col_mask[None, :]
     scale = tl.load(scale_ptr + cols, mask=col_mask, other=0.0)
@@ -104,8 +104,8 @@ def _sums_kernel(
     POOLED: tl.constexpr, DOUBLED: tl.constexpr, SIGN: tl.constexpr, QUADRATIC: tl.constexpr, ROWS: tl.constexpr,
     BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    cols = tl.program_id(0) * BC + tl.arange(0, BC)
-    part = tl.program_id(1)
+    part = tl.program_id(0)
+    cols = tl.program_id(1) * BC + tl.arange(0, BC)
     col_mask = cols < C
     scale = tl.load(scale_ptr + cols, mask=col_mask, other=0.0)
     shift = tl.load(shift_ptr + cols, mask=col_mask, other=0.0)
@@ -147,7 +147,7 @@ def _sums_kernel(
         d_beta += du
         d_gamma += du * ((c - mean[None, :]) * rstd[None, :])
         tl.store(du_ptr + places, du.to(du_ptr.dtype.element_ty), mask=mask)
-    step = tl.num_programs(1) * C
+    step = tl.num_programs(0) * C
     first = parts_ptr + part * C + cols
     tl.store(first, tl.sum(d_beta, 0), mask=col_mask)
     tl.store(first + step, tl.sum(d_gamma, 0), mask=col_mask)
@@ -158,8 +158,8 @@ def _sums_kernel(
 
 @triton.jit
 def _input_kernel(du_ptr, c_ptr, dc_ptr, k0_ptr, k1_ptr, k2_ptr, M, C, BM: tl.constexpr, BC: tl.constexpr):
-    cols = tl.program_id(0) * BC + tl.arange(0, BC)
-    rows = tl.program_id(1) * BM + tl.arange(0, BM)
+    rows = tl.program_id(0) * BM + tl.arange(0, BM)  # on the first axis, which alone takes more than 65,535
+    cols = tl.program_id(1) * BC + tl.arange(0, BC)
     col_mask = cols < C
     mask = (rows < M)[:, None] & col_mask[None, :]
     places = rows.to(tl.int64)[:, None] * C + cols[None, :]
@@ -192,7 +192,7 @@ def statistics(c: Tensor, wrap: Wrap = wrap_triton) -> tuple[Tensor, Tensor]:
     bm, bc = tile(channels)
     parts = triton.cdiv(rows, ROWS)
     sums = torch.empty(2, parts, channels, dtype=torch.float32, device=c.device)
-    grid = (triton.cdiv(channels, bc), parts)
+    grid = (parts, triton.cdiv(channels, bc))
     wrap(_statistics_kernel)[grid](c, sums[0], sums[1], rows, channels, ROWS=ROWS, BM=bm, BC=bc)
     mean, square = sums.double().sum(dim=1).div(rows).unbind()
     return mean.float(), (square - mean * mean).clamp(min=0).float()
@@ -215,7 +215,7 @@ def apply(
     bm, bc = tile(channels)
     h = torch.empty_like(c)
     s = torch.empty_like(c) if has_sign else c.new_empty(0)
-    grid = (triton.cdiv(channels, bc), triton.cdiv(rows, bm))
+    grid = (triton.cdiv(rows, bm), triton.cdiv(channels, bc))
     wrap(_apply_kernel)[grid](
         c, stream, h, s if has_sign else h, scale, shift, slope, shift_out, threshold,
         rows, channels, stream_channels, height, width,
@@ -247,7 +247,7 @@ def backward_sums(
     parts = triton.cdiv(rows, ROWS)
     du = torch.empty_like(c)
     sums = torch.empty(5, parts, channels, dtype=torch.float32, device=c.device)
-    wrap(_sums_kernel)[(triton.cdiv(channels, bc), parts)](
+    wrap(_sums_kernel)[(parts, triton.cdiv(channels, bc))](
         grad_h, grad_s, c, stream, du, sums, scale, shift, slope, shift_out, threshold, mean, rstd,
         rows, channels, stream_channels, height, width,
         POOLED=residual == "pooled", DOUBLED=residual == "doubled", SIGN=has_sign,
@@ -261,6 +261,6 @@ def backward_input(du: Tensor, c: Tensor, k0: Tensor, k1: Tensor, k2: Tensor, wr
     rows, channels = c.numel() // c.shape[1], c.shape[1]
     bm, bc = tile(channels)
     dc = torch.empty_like(c)
-    grid = (triton.cdiv(channels, bc), triton.cdiv(rows, bm))
+    grid = (triton.cdiv(rows, bm), triton.cdiv(channels, bc))
     wrap(_input_kernel)[grid](du, c, dc, k0, k1, k2, rows, channels, BM=bm, BC=bc)
     return dc

@@ -33,6 +33,8 @@ def test_tables_plan_every_row(path, tmp_path):
         images = sum(h.total_steps * h.batch_size for h in steps)
         if not row.overrides:  # an equal budget, up to half a batch for each stage
             assert abs(images - spec.images) <= sum(r.data.batch_size for r in stages) / 2
+        part = dict(stages[-1].method)[table.evaluated_part(stages[-1])]
+        assert probe.method.trains == ("pre-fc" if part.pooled_mlp else "linear")  # one layer for all
         assert {r.seed for r in (*stages, probe)} == {1} and probe.init[0].source == str(stages[-1].folder)
         assert len({r.folder for r in (*stages, probe)}) == len(chain.runs)
         for before, after in itertools.pairwise(stages):

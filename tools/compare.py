@@ -46,7 +46,8 @@ class Pool:
         self.running: dict[int, tuple[str, Path, subprocess.Popen[bytes]]] = {}
         self.stopping = threading.Event()
         self.teacher_done = threading.Event()
-        if not any(chain.needs_teacher for chain in chains):
+        self.has_teacher = any(chain.name == "teacher" for chain in chains)
+        if not self.has_teacher:
             self.teacher_done.set()
         self.total = len(chains)
         self._waiting: Queue[Chain] = Queue()
@@ -94,13 +95,18 @@ class Pool:
             if self.stopping.is_set():
                 return
             try:
+                if chain.needs_teacher and self.has_teacher and ("teacher", 0) not in self.results:
+                    raise ChainError(f"{chain.name}, seed {chain.seed}: its teacher failed")
                 self._run_chain(chain, number)
-            except ChainError as error:
-                if not self.stopping.is_set():
-                    self.failures.append(str(error))
-                    print(f"FAILED {error}", flush=True)
-            if chain.name == "teacher":
-                self.teacher_done.set()
+            except Stopped:
+                return
+            except Exception as error:  # one row must not take the others with it
+                text = str(error) if isinstance(error, ChainError) else f"{chain.name}, seed {chain.seed}: {error!r}"
+                self.failures.append(text)
+                print(f"FAILED {text}", flush=True)
+            finally:
+                if chain.name == "teacher":
+                    self.teacher_done.set()
 
     def _run_chain(self, chain: Chain, number: int) -> None:
         started = time.perf_counter()
@@ -121,9 +127,10 @@ class Pool:
         folder.mkdir(parents=True, exist_ok=True)
         log = folder / "output.txt"
         env = dict(os.environ)
-        gpus = torch.cuda.device_count()
-        if gpus and self.jobs > 1:
-            env["CUDA_VISIBLE_DEVICES"] = str(number % gpus)
+        if torch.cuda.device_count() and self.jobs > 1:
+            everyone = [str(place) for place in range(torch.cuda.device_count())]
+            visible = env["CUDA_VISIBLE_DEVICES"].split(",") if env.get("CUDA_VISIBLE_DEVICES") else everyone
+            env["CUDA_VISIBLE_DEVICES"] = visible[number % len(visible)]
         command = [*(self.launcher or [sys.executable]), TRAIN, str(run.path), *run.overrides, "--resume"]
         with open(log, "ab") as output:
             process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=env)
@@ -132,6 +139,10 @@ class Pool:
                 process.send_signal(signal.SIGTERM)
             code = process.wait()
             del self.running[number]
+        if self.stopping.is_set() and code in (train.EXIT_STOPPED, -signal.SIGTERM, -signal.SIGINT):
+            raise Stopped
+        if self.stopping.is_set() and code and self.launcher:  # its own code hides that of the run
+            raise Stopped
         if code:
             last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
             raise ChainError(f"{title}: exit code {code}: {' '.join(last)} (all of it: {log})")
@@ -139,6 +150,10 @@ class Pool:
 
 class ChainError(RuntimeError):
     """A run of a chain ended with an error."""
+
+
+class Stopped(Exception):
+    """A run was asked to stop and has saved."""
 
 
 def is_done(run: Run) -> bool:
@@ -200,6 +215,8 @@ def main() -> int:
                 raise RecipeError(f"--{key}: expected at least 1, got {item}")
         if arguments.jobs < 1:
             raise RecipeError(f"--jobs: expected at least 1, got {arguments.jobs}")
+        if launcher and arguments.jobs > 1:
+            raise RecipeError("--jobs: expected 1 with --launcher, which uses the machine by itself")
         spec = spec.model_copy(update=changes)
         names = [row.name for row in spec.rows]
         for name in arguments.only or ():
@@ -232,8 +249,10 @@ def main() -> int:
         signal.signal(number, lambda *_: pool.stop())
     pool.run()
     if pool.stopping.is_set():
-        print("stopped, everything is saved; start this command again to go on", file=sys.stderr)
-        return train.EXIT_STOPPED
+        for failure in pool.failures:
+            print(f"failed: {failure}", file=sys.stderr)
+        print("stopped; what ran is saved, start this command again to go on", file=sys.stderr)
+        return 1 if pool.failures else train.EXIT_STOPPED
     done = [row for row in rows if (row.name, 0) in pool.results]
     if done:
         write(spec, done, pool.results, out, arguments.table)

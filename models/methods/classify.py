@@ -108,7 +108,7 @@ class Method(Base):
         return {"loss": soft_cross_entropy(logits, target, temperature=1.0).mean(), "train_top1": hits}
 
     def outputs(self, features: Tensor) -> Tensor:
-        """The class scores; `burn-release` and `pre-fc` classify what lies below `evaluated`'s last layer."""
+        """The class scores."""
         return self.classifier(features)
 
     @property

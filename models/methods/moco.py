@@ -69,11 +69,11 @@ class Contrast(nn.Module):
         world, rank, size = collectives.world_size(), collectives.rank(), len(images)
         order = torch.randperm(world * size) if world > 1 else None
         if order is not None:
-            mine = order[rank * size : (rank + 1) * size].to(images.device)
+            mine = _without_wait(order[rank * size : (rank + 1) * size], images.device)
             images = collectives.all_gather(images)[mine].contiguous(memory_format=torch.channels_last)
         key = F.normalize(self.key_head(self.key_backbone(images)), dim=1)
         if order is not None:
-            back = order.argsort()[rank * size : (rank + 1) * size].to(images.device)
+            back = _without_wait(order.argsort()[rank * size : (rank + 1) * size], images.device)
             key = collectives.all_gather(key)[back]
         return key
 
@@ -88,6 +88,11 @@ class Contrast(nn.Module):
         places = (self.queue_pointer + torch.arange(len(keys), device=keys.device)) % size
         self.queue.index_copy_(1, places, keys.T.to(self.queue.dtype))
         self.queue_pointer.copy_((self.queue_pointer + len(keys)) % size)
+
+
+def _without_wait(places: Tensor, device: torch.device) -> Tensor:
+    # A copy from pageable memory would wait for the device.
+    return places.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else places
 
 
 @torch.no_grad()
