@@ -76,7 +76,8 @@ def half_blocks() -> dict[str, Any]:
     """The kernels against PyTorch on this device, at real sizes; and what of the copy ceiling they reach."""
     ceiling = bench_step.ceilings(torch.device("cuda"))
     assert ceiling is not None
-    cases = (("same", 128, 56), ("pooled", 256, 28), ("doubled", 512, 14), ("same", 1024, 7))
+    cases = (("same", 32, 112), ("doubled", 64, 112), ("same", 128, 56), ("pooled", 256, 28), ("doubled", 512, 14),
+             ("same", 1024, 7))  # fmt: skip
     return {
         f"{residual} {channels} {side}": _half_block(residual, channels, side, ceiling["copy_bytes_per_second"])
         for residual, channels, side in cases
@@ -106,6 +107,15 @@ def _half_block(residual: str, channels: int, side: int, copy: float) -> dict[st
     assert torch.allclose(h.float(), want, atol=2e-2, rtol=2e-2)
     assert torch.equal(s.float(), (h.float() + halfblock._channels(threshold)).sign())
     rest = (c, stream, *vectors, mean, (var + 1e-5).rsqrt(), residual, "burn", True)
+    du, sums = kernels.backward_sums(grad_h, grad_s, *rest)
+    wide = [x.double() for x in (grad_h, grad_s, *rest[:9])]  # float64 goes through the PyTorch formulas
+    want_du, want_sums = halfblock.backward_sums(*wide, residual, "burn", True)
+    off = ~torch.isclose(du.double(), want_du, atol=2e-2, rtol=2e-2)  # where |z| rounds to the other side of 1
+    assert off.double().mean() < 2e-3, off.double().mean()
+    assert ((sums - want_sums).abs() / want_sums.abs().amax(dim=1, keepdim=True)).max() < 2e-2
+    dc = kernels.backward_input(grad_h, c, scale, shift, slope)
+    want_dc = halfblock.backward_input(*(x.double() for x in (grad_h, c, scale, shift, slope)))
+    assert torch.allclose(dc.double(), want_dc, atol=2e-2, rtol=2e-2)
     work: dict[str, tuple[Callable[[], Any], int]] = {
         "statistics": (lambda: kernels.statistics(c), c.nbytes),
         "apply": (lambda: kernels.apply(c, stream, *vectors, residual, True), 3 * c.nbytes + stream.nbytes),

@@ -131,12 +131,37 @@ def test_a_stopped_table_is_saved_and_goes_on(tmp_path):
     process.send_signal(signal.SIGTERM)
     text, _ = process.communicate(timeout=60)
     assert process.returncode == 75 and "start this command again" in text, text
-    assert list((folder / "checkpoints").iterdir())
+    (saved,) = {int(path.name.split("-")[1]) for path in (folder / "checkpoints").iterdir()}
+    again = compare(*arguments)
+    deadline = time.monotonic() + 60
+    while int(json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["step"]) <= saved:
+        assert time.monotonic() < deadline and again.poll() is None
+        time.sleep(0.2)
+    again.send_signal(signal.SIGTERM)
+    again.communicate(timeout=60)
+    steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert again.returncode == 75 and steps == list(range(1, len(steps) + 1)), "a step twice, or none"
+
+
+def test_rows_do_not_run_behind_a_teacher_that_failed(tmp_path):
+    quick = ROOT / "recipes/quick"
+    rows = [{"name": "student", "stages": [str(quick / "s2bnn_step1.yaml")]}]
+    path = write(tmp_path / "t.yaml", rows=rows, teacher=str(quick / "moco.yaml"))
+    extra = ["method.backbone={arch: reactnet, width: 2}", "schedules.lr=1e30", "run.duration=4it"]
+    process = compare(path, *SYNTHETIC, *extra, "--out", tmp_path / "out")
+    text, _ = process.communicate(timeout=120)
+    assert process.returncode == 1 and "teacher" in text and "student, seed 0: its teacher failed" in text, text
+    assert not (tmp_path / "out/student/seed0/stage1/checkpoints").exists()
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--seeds", "0"], "--seeds"), (["--only", "BRUN"], "no row 'BRUN'"), (["--jobs", "0"], "--jobs")],
+    [
+        (["--seeds", "0"], "--seeds"),
+        (["--only", "BRUN"], "no row 'BRUN'"),
+        (["--jobs", "2", "--launcher", "true"], "--jobs"),
+        (["--launcher", "torchrn -n 8"], "--launcher: no program 'torchrn'"),
+    ],
 )
 def test_bad_arguments_are_refused(arguments, message):
     process = compare(FASHION, *arguments)

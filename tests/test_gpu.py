@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from engine import dist
+from engine import bench_step, dist
 from engine.train import Trainer
 from tests.conftest import last_state, run, tiny
 from tests.test_loaders import config, open_train, take
@@ -15,9 +15,12 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("path", ["burn_stage1.yaml", "burn_stage2.yaml", "moco_v2.yaml", "linear.yaml"])
-def test_the_step_never_waits_for_the_device(path, tmp_path):
-    trainer = Trainer(tiny(path, tmp_path, "run.amp=bf16"), dist.start("cuda", 60))
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+@pytest.mark.parametrize(
+    "path", ["burn_stage1.yaml", "burn_stage2.yaml", "byol.yaml", "swav.yaml", "s2bnn_contrast_step1.yaml"]
+)
+def test_the_step_never_waits_for_the_device(path, amp, tmp_path):
+    trainer = Trainer(tiny(path, tmp_path, f"run.amp={amp}"), dist.start("cuda", 60))
     trainer.loader = open_loader(trainer)
     consensus = dist.Consensus(trainer.world)
     for _ in range(3):  # the guard of the first step waits, and kernels are compiled
@@ -38,6 +41,21 @@ def test_trains_and_resumes(amp, tmp_path):
     longer = tiny("quick/burn_stage2.yaml", tmp_path, "run.device=cuda", f"run.amp={amp}", "run.duration=8it")
     run(longer, resume=True, allow_changes=True)
     assert last_state(longer)["step"] == 8
+
+
+@pytest.mark.parametrize("compiles", ["true", "false"])
+def test_fused_half_blocks_train(compiles, tmp_path):
+    recipe = tiny(
+        "burn_stage2.yaml", tmp_path, "run.device=cuda", "run.amp=fp16", "run.kernels=fused", f"run.compile={compiles}"
+    )
+    assert run(recipe)["step"] == 6
+
+
+def test_the_step_benchmark_runs(tmp_path):
+    recipe = tiny("burn_stage2.yaml", tmp_path, "run.device=cuda", "run.amp=fp16")
+    result = bench_step.measure(recipe, "step", steps=2, rounds=2, warm_up=2)
+    assert set(result["arms"]) >= {"reference", "eager", "compiled", "fused"} and result["ceilings"]
+    assert all(arm["kernels"] > 0 and arm["peak_bytes"] > 0 for arm in result["arms"].values())
 
 
 def test_dali_decodes_the_same_pixels_on_the_gpu(tree):

@@ -348,6 +348,32 @@ def test_larc_by_hand():
     assert torch.equal(still.matrix, Weights().matrix)  # no gradient: weight decay alone moves nothing
 
 
+@pytest.mark.parametrize("name", ["lars", "larc"])
+def test_lars_skips_a_step_that_overflowed(name):
+    # As torch.amp.GradScaler tells optimizers that take its verdict as a tensor.
+    module = Weights()
+    config = {"name": name, "momentum": 0.9, "trust": 0.01, "decay": "weights"}
+    optimizer = optim.build(OptimConfig.model_validate(config), module)
+    optim.apply(optimizer, 1.0, 0.1)
+
+    def step(gradient, found_inf):
+        for parameter in module.parameters():
+            parameter.grad = torch.full_like(parameter, gradient)
+        optimizer.found_inf = torch.tensor(found_inf)
+        optimizer.step()
+        del optimizer.found_inf
+        return [
+            p.detach().clone()
+            for p in (*module.parameters(), *(s["momentum_buffer"] for s in optimizer.state.values()))
+        ]
+
+    moved = step(1.0, 0.0)
+    assert all(torch.equal(a, b) for a, b in zip(moved, step(float("inf"), 1.0), strict=True))
+    assert not torch.equal(moved[0], step(1.0, 0.0)[0])
+    plain = steps(config, [1.0, 1.0], [1.0, 1.0], 0.1)
+    assert torch.allclose(module.matrix, plain.matrix) and optimizer._step_supports_amp_scaling
+
+
 def test_lars_leaves_alone_what_is_no_matrix(tmp_path):
     # The regular expression of the release misses the PReLU slopes and the affines of the doubling blocks.
     trainer = trainer_of(tiny("byol.yaml", tmp_path))

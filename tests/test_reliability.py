@@ -408,12 +408,12 @@ def test_checkpoint_that_would_run_code_is_refused(tmp_path):
             return os.system, (f"touch {tmp_path / 'canary'}",)
 
     path = tmp_path / "step-000000001-0000000000000000.pt"
-    torch.save({"format": 1, "x": Payload()}, path)
+    torch.save({"format": checkpoint.FORMAT, "x": Payload()}, path)
     with pytest.raises(CheckpointError, match="could run code"):
         checkpoint.load(path)
     assert not (tmp_path / "canary").exists()
     torch.save({"format": 99}, path)
-    with pytest.raises(CheckpointError, match="format 1, found 99"):
+    with pytest.raises(CheckpointError, match=f"format {checkpoint.FORMAT}, found 99"):
         checkpoint.load(path)
 
 

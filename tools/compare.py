@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -215,6 +216,8 @@ def main() -> int:
                 raise RecipeError(f"--{key}: expected at least 1, got {item}")
         if arguments.jobs < 1:
             raise RecipeError(f"--jobs: expected at least 1, got {arguments.jobs}")
+        if launcher and not shutil.which(launcher[0]):
+            raise RecipeError(f"--launcher: no program {launcher[0]!r} on this machine")
         if launcher and arguments.jobs > 1:
             raise RecipeError("--jobs: expected 1 with --launcher, which uses the machine by itself")
         spec = spec.model_copy(update=changes)
