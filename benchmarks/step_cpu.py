@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
-from engine import bench_step, dist
+from engine import bench_step, dist, report
 from engine import recipe as recipes
 from engine.bench_step import Resident, Running
 from engine.log import environment, to_console
@@ -154,7 +154,7 @@ def main() -> int:
     result: dict[str, Any] = {"environment": environment()}
     result["step"] = bench_step.measure(small(), "step", steps=10, rounds=6, warm_up=4)
     print(bench_step.table(result["step"]), flush=True)
-    bench_step.draw(result["step"], HERE / "step_cpu.png")
+    report.draw_phases(result["step"], HERE / "step_cpu.png")
     result["saved_mb_per_image"] = saved_bytes()
     result["images_per_second"] = growth()
     draw_growth(result["images_per_second"], HERE / "growth.png")

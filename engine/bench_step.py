@@ -602,28 +602,3 @@ def table(result: dict[str, Any]) -> str:
             f"verdict: {result['verdict']}",
         ]
     return "\n".join(lines)
-
-
-def draw(result: dict[str, Any], out: Path) -> None:
-    """A bar of phases for each arm, as PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(11, 1.6 + 0.7 * len(result["arms"])), layout="constrained")
-    names = list(result["arms"])[::-1]
-    phases = list(dict.fromkeys(p for arm in result["arms"].values() for p in arm["phases_ms"]))
-    left = [0.0] * len(names)
-    for number, phase in enumerate(phases):
-        widths = [result["arms"][name]["phases_ms"].get(phase, 0.0) for name in names]
-        axis.barh(names, widths, left=left, label=phase, color=f"C{number}")
-        left = [a + b for a, b in zip(left, widths, strict=True)]
-    labels = [f"  {result['arms'][name]['times_reference']:.2f} x" for name in names]
-    for place, (end, label) in enumerate(zip(left, labels, strict=True)):
-        axis.text(end, place, label, va="center", fontsize=9)
-    axis.margins(x=0.12)
-    axis.set(title=f"{result['recipe']} on {result['device']}: one step by phase", xlabel="milliseconds")
-    axis.legend(ncols=len(phases), fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.25))
-    figure.savefig(out, dpi=110)
-    plt.close(figure)

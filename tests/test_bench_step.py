@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from engine import bench_step, dist
+from engine import bench_step, dist, report
 from engine.bench_step import NotEqual, Phases, Resident, arms, gate, measure, quantiles, table, trainer_of, verdict
 from engine.describe import predictions
 from models import cost, methods
@@ -101,7 +101,7 @@ def test_phases_cover_the_step(tmp_path, monkeypatch):
     text = table(result)
     assert "no verdict" in text and "| eager |" in text and result["ceilings"] is None
     json.dumps(result)
-    bench_step.draw(result, tmp_path / "phases.png")
+    report.draw_phases(result, tmp_path / "phases.png")
     assert (tmp_path / "phases.png").stat().st_size > 5000
 
 

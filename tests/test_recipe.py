@@ -88,7 +88,11 @@ def setter(path, value):
         ("data.batch_size", 4000, "data: batch_size 4000 is not a multiple of micro_batch 256"),
         ("method.target_gradient", "all", "method.target_gradient: expected 'none', 'kl' or 'both', got 'all'"),
         ("method.student.weights", "ternary", "method.student.weights: expected 'real' or 'binary'"),
-        ("method.name", "brun", "method.name: unknown value 'brun', expected one of burn, classify, moco"),
+        (
+            "method.name",
+            "brun",
+            "method.name: unknown value 'brun', expected one of burn, byol, classify, moco, s2bnn, swav",
+        ),
         (
             "data.backend",
             "dalli",
