@@ -213,7 +213,7 @@ def draw_comparison(out: Path, title: str, entries: Sequence[Entry], curves: dic
     bars.set(title="top-1 % on held-out images", xlim=(0, 112))
     bars.legend(loc="lower right", fontsize=8)
 
-    for number, entry in enumerate(entries):
+    for entry in entries:
         if entry.paper is None:
             continue
         scores = entry.values("linear")
@@ -221,7 +221,9 @@ def draw_comparison(out: Path, title: str, entries: Sequence[Entry], curves: dic
         mark = "s" if entry.ablation else "o"
         colour = "tab:gray" if entry.ablation else "tab:blue"
         versus.errorbar(entry.paper, statistics.fmean(scores), error, fmt=mark, color=colour, capsize=3)
-        place = {"xytext": (6, 4 if number % 2 else -10), "textcoords": "offset points", "fontsize": 8}
+        place: Any = {"xytext": (6, -10), "textcoords": "offset points", "fontsize": 8}
+        if entry.ablation:
+            place |= {"xytext": (-6, 4), "ha": "right"}
         versus.annotate(entry.name, (entry.paper, statistics.fmean(scores)), **place)
     versus.margins(x=0.2, y=0.15)
     versus.set(title="against the paper (squares: ablation)", xlabel="paper, ImageNet linear top-1 %")
