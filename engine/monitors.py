@@ -12,7 +12,7 @@ from models.losses import collapse_meters
 from models.methods import Method
 
 IMAGES = 128
-"""Images of one rank that are looked at, of the newest micro-batch."""
+"""Images that are looked at, of rank 0's newest micro-batch."""
 
 
 class Monitors:

@@ -279,11 +279,15 @@ class Trainer:
 
     def _log_step(self, step: int) -> None:
         now = {name: value(s, step - 1, self.horizon) for name, s in self.recipe.schedules.items()}
-        with torch.compiler.set_stance("force_eager"):  # other batch sizes would be other graphs
-            self.meter.add(self.monitors.read(self._watched))
         images_left = (self.horizon.total_steps - step) * self.recipe.data.batch_size
         row = {**self.meter.read(), **now, **self.clock.read(images_left)}
         if self.log:
+            # On rank 0 alone: its BatchNorm statistics are those of the checkpoint. Eager: other batch sizes would
+            # be other graphs.
+            with torch.compiler.set_stance("force_eager"):
+                watched = self.monitors.read(self._watched)
+            if watched:
+                row |= dict(zip(watched, torch.stack(list(watched.values())).tolist(), strict=True))
             self.log.row(step, row)
 
     def _evaluate(self, config: Any, step: int) -> None:
