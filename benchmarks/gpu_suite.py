@@ -122,22 +122,8 @@ def _half_block(residual: str, channels: int, side: int, copy: float) -> dict[st
         "backward_sums": (lambda: kernels.backward_sums(grad_h, grad_s, *rest), 4 * c.nbytes + stream.nbytes),
         "backward_input": (lambda: kernels.backward_input(grad_h, c, scale, shift, slope), 3 * c.nbytes),
     }
-    times = {name: (_seconds(run), moved) for name, (run, moved) in work.items()}
+    times = {name: (bench_step.device_seconds(run), moved) for name, (run, moved) in work.items()}
     return {name: {"us": 1e6 * seconds, "of_copy": moved / seconds / copy} for name, (seconds, moved) in times.items()}
-
-
-def _seconds(work: Callable[[], Any]) -> float:
-    for _ in range(3):
-        work()
-    times = []
-    for _ in range(20):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        work()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / 1000)
-    return sorted(times)[len(times) // 2]
 
 
 def step(recipe: str, micro_batch: int) -> dict[str, Any]:

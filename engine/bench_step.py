@@ -15,7 +15,7 @@ import itertools
 import logging
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -25,7 +25,6 @@ from torch import Tensor, nn
 
 import loaders
 from engine import dist
-from engine.describe import predictions
 from engine.dist import World
 from engine.log import environment, logger
 from engine.recipe import Recipe
@@ -273,7 +272,7 @@ def gate(all_arms: Sequence[Arm], world: World, folder: Path) -> dict[str, float
             data = recipe.data.model_copy(update=sizes)
             recipe = recipe.model_copy(update={"data": data})
             trainer = trainer_of(arm._replace(recipe=recipe), world, folder)
-            batch = next(Resident(recipe.model_copy(update={"run": arm.recipe.run}), world.device, GATE_IMAGES))
+            batch = next(Resident(recipe, world.device))
             loss = trainer.method(batch.views, batch.label, _first_values(trainer))["loss"]
             loss.backward()
         finally:
@@ -300,31 +299,33 @@ def _first_values(trainer: Trainer) -> dict[str, Tensor]:
 # ------------------------------------------------------------------------------------------------ measuring
 
 
+def device_seconds(work: Callable[[], Any]) -> float:
+    """Median time of some work on the GPU."""
+    times = []
+    for number in range(23):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        work()
+        end.record()
+        end.synchronize()
+        if number >= 3:
+            times.append(begin.elapsed_time(end) / 1000)
+    return median(times)
+
+
 def ceilings(device: torch.device) -> dict[str, float] | None:
     """Bytes per second of a large copy (read and written) and FLOP/s of a large 16-bit product, None on a CPU."""
     if device.type != "cuda":
         return None
 
-    def seconds(work: Any) -> float:
-        times = []
-        for number in range(13):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            work()
-            end.record()
-            end.synchronize()
-            if number >= 3:
-                times.append(begin.elapsed_time(end) / 1000)
-        return median(times)
-
     def copy_time() -> float:
         source = torch.randn(1 << 29, device=device)
         target = torch.empty_like(source)
-        return seconds(lambda: target.copy_(source))
+        return device_seconds(lambda: target.copy_(source))
 
     copy = 2 * 4 * (1 << 29) / copy_time()
     a, b = (torch.randn(8192, 8192, device=device, dtype=torch.float16) for _ in range(2))
-    matmul = 2 * 8192**3 / seconds(lambda: a @ b)
+    matmul = 2 * 8192**3 / device_seconds(lambda: a @ b)
     return {"copy_bytes_per_second": copy, "matmul_flops": matmul}
 
 
@@ -336,7 +337,6 @@ class Running:
         self.trainer = trainer_of(arm, world, folder)
         self.phases = Phases(world.device)
         self.blocks: list[list[dict[str, float]]] = []
-        self.loss = float("nan")
 
     def feed(self, batches: Any) -> None:
         """Take batches from here from now on."""
@@ -454,14 +454,13 @@ def _measure(
         "arms": {},
         "environment": environment(),
     }
-    with torch.device("meta"):
-        method = methods.load(recipe.method.name).Method(recipe.method)
-    flops = cost.training_flops(method, [view.size for view in recipe.data.views])
+    method, sizes = methods.on_meta(recipe.method), [view.size for view in recipe.data.views]
+    flops = cost.training_flops(method, sizes)
     base = [sum(step.values()) for block in running[0].blocks for step in block]
     for one in running:
         result["arms"][one.arm.name] = _summary(one, base, batch, flops, limits) | details[one.arm.name]
     result["gflop_per_image"] = flops / 1e9
-    result["predicted"] = predictions(recipe)
+    result["predicted"] = cost.predictions(flops, cost.eager_traffic(method, sizes))
     if mode == "train":
         fastest = max(running, key=lambda one: result["arms"][one.arm.name]["images_per_second"] * one.arm.same_maths)
         result["train"] = _train(recipe, fastest, world, steps, rounds, warm_up)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 import loaders
 from engine import checkpoint
 from engine.optim import is_weight
@@ -52,8 +50,7 @@ def describe(recipe: Recipe) -> str:
     problems = missing(recipe)
     horizon = _horizon(recipe, no_data=any(problem.startswith("data.train") for problem in problems))
     lines += _length(recipe, horizon)
-    with torch.device("meta"):
-        method = methods.load(recipe.method.name).Method(recipe.method)
+    method = methods.on_meta(recipe.method)
     lines += _parameters(recipe, method)
     lines += _cost(recipe, method, horizon.total_steps * horizon.batch_size if horizon else None)
     lines += ["", "missing:", *(f"  {problem}" for problem in problems)] if problems else ["", "missing: nothing"]
@@ -118,16 +115,7 @@ def _cost(recipe: Recipe, method: methods.Method, images: float | None) -> list[
     flops = cost.training_flops(method, sizes)
     total = f", {flops * images / 1e18:.3g} EFLOP for the run" if images else ""
     lines.append(f"training: {flops / 1e9:.1f} GFLOP an image in the backbones (2 per multiply-accumulate){total}")
-    for name, speed in predictions(recipe).items():
+    for name, speed in cost.predictions(flops, cost.eager_traffic(method, sizes)).items():
         hours = f", {images / speed / 3600:,.1f} hours" if images else ""
         lines.append(f"predicted on one {name}: {speed:,.0f} images/s{hours} ({cost.GPUS[name].source} ceilings)")
     return lines
-
-
-def predictions(recipe: Recipe) -> dict[str, float]:
-    """GPU -> predicted images per second of the compiled step in 16 bit (`models/cost.py`), never measured here."""
-    with torch.device("meta"):
-        method = methods.load(recipe.method.name).Method(recipe.method)
-    sizes = [view.size for view in recipe.data.views]
-    flops, traffic = cost.training_flops(method, sizes), cost.eager_traffic(method, sizes)
-    return {name: cost.predicted_images_per_second(gpu, flops, traffic) for name, gpu in cost.GPUS.items()}

@@ -30,14 +30,16 @@ class RecipeError(ValueError):
     """A recipe that cannot be run; one line with the file, the key and what was expected."""
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """A part of a recipe or table: unknown keys refused, no silent type conversion, never changed."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, validate_by_name=False)
 
 
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 
 
-class OptimConfig(_Section):
+class OptimConfig(Section):
     """The optimizer; its learning rate and weight decay are in `schedules`."""
 
     name: Literal["adam", "adamw", "sgd", "lars", "larc"]
@@ -62,7 +64,7 @@ class OptimConfig(_Section):
         return self
 
 
-class RunConfig(_Section):
+class RunConfig(Section):
     """Length and machinery of a run."""
 
     duration: PositiveDuration
@@ -92,7 +94,7 @@ class RunConfig(_Section):
         return duration
 
 
-class EvalConfig(_Section):
+class EvalConfig(Section):
     """An evaluation during the run; its numbers are labelled online."""
 
     kind: Literal["knn", "accuracy"]
@@ -103,7 +105,7 @@ class EvalConfig(_Section):
     """k-NN: at most this many training images, evenly spaced over the index."""
 
 
-class InitConfig(_Section):
+class InitConfig(Section):
     """Weights to start from: a run folder, one of its checkpoints, or a foreign file (`models/weights.py`)."""
 
     source: str = Field(alias="from")
@@ -116,7 +118,7 @@ class InitConfig(_Section):
         return {name: name for name in value} if isinstance(value, list) else value
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """A whole run as data. `method` and `data.options` are typed by the method and back end they name."""
 
     name: str

@@ -8,19 +8,14 @@ import re
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator
 
 from engine import recipe as recipes
-from engine.recipe import EvalConfig, Recipe, RecipeError, explain
+from engine.recipe import EvalConfig, Recipe, RecipeError, Section, explain
 from models import methods
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class Row(_Section):
+class Row(Section):
     """One method of a table."""
 
     name: str = Field(min_length=1)
@@ -34,7 +29,7 @@ class Row(_Section):
     """A variant of another row rather than a method of its own."""
 
 
-class Table(_Section):
+class Table(Section):
     """A file of `recipes/tables/`."""
 
     title: str
@@ -135,10 +130,10 @@ def chain(table: Table, row: Row, seed: int, path: Path, out: Path, extra: list[
         recipe = recipes.load(_at(path, stage))
         name = f"stage{number + 1}"
         sources = []
-        for init in recipe.init:
-            place = moved.get(str(Path(init.source)))
+        for entry in recipe.init:
+            place = moved.get(str(Path(entry.source)))
             needs_teacher |= place is not None and place == out / "teacher" / "teacher"
-            sources.append({"from": str(place or init.source), "load": init.load})
+            sources.append((place or entry.source, entry.load))
         steps = max(round(table.images / len(row.stages) / recipe.data.batch_size), 1)
         runs.append(
             Run(
@@ -149,7 +144,7 @@ def chain(table: Table, row: Row, seed: int, path: Path, out: Path, extra: list[
                     f"seed={seed}",
                     f"run.duration={steps}it",
                     f"evals={_knn(table, '100%')}",
-                    f"init={json.dumps(sources)}",
+                    init(*sources),
                     *row.overrides,
                     *extra,
                 ],
@@ -168,27 +163,26 @@ def _knn(table: Table, every: str) -> str:
 
 
 def _probe(table: Table, path: Path, run: Run, folder: Path, seed: int, extra: list[str]) -> Run:
-    recipe = run.recipe()
+    overrides = probe(run.recipe(), below_mlp=table.layer == "pooled")
+    return Run(_at(path, table.probe), [f"run.folder={folder}", "name=linear", f"seed={seed}", *overrides, *extra])
+
+
+def probe(recipe: Recipe, *, below_mlp: bool = False) -> list[str]:
+    """Overrides that point a linear evaluation at the network of a run; `below_mlp` at its pooled map."""
     part = evaluated_part(recipe)
     network: Any = dict(recipe.method)[part]
-    init = [{"from": str(recipe.folder), "load": {"backbone": part}}]
-    below = table.layer == "pooled" and getattr(network, "pooled_mlp", False)
-    return Run(
-        _at(path, table.probe),
-        [
-            f"run.folder={folder}",
-            "name=linear",
-            f"seed={seed}",
-            f"method.backbone={network.model_dump_json()}",
-            f"init={json.dumps(init)}",
-            *(["method.trains=pre-fc"] if below else []),
-            *extra,
-        ],
-    )
+    overrides = [f"method.backbone={network.model_dump_json()}", init((recipe.folder, {"backbone": part}))]
+    if below_mlp and getattr(network, "pooled_mlp", False):
+        overrides.append("method.trains=pre-fc")
+    return overrides
+
+
+def init(*sources: tuple[Path | str, dict[str, str]]) -> str:
+    """An `init` override: from these run folders or files, part of the method -> part of the source."""
+    return "init=" + json.dumps([{"from": str(source), "load": load} for source, load in sources])
 
 
 def evaluated_part(recipe: Recipe) -> str:
     """The name of the part of a method that is evaluated, which is also its key in the recipe."""
-    with torch.device("meta"):
-        method = methods.load(recipe.method.name).Method(recipe.method)
+    method = methods.on_meta(recipe.method)
     return next(name for name, part in method.named_children() if part is method.evaluated)

@@ -84,7 +84,7 @@ class Trainer:
         self.bad_images: dict[str, str] = {}
 
         torch.manual_seed(recipe.seed)
-        self.method: Method = methods.load(recipe.method.name).Method(recipe.method)
+        self.method: Method = methods.build(recipe.method)
         self.method.to(world.device)
         if recipe.run.channels_last:
             _to_channels_last(self.method)

@@ -168,3 +168,8 @@ def predicted_images_per_second(gpu: Gpu, flops: float, traffic: Traffic) -> flo
     """Speed of the compiled step: convolutions at their share of the product, all else at its share of the copy."""
     rest = max(LEFT_AFTER_FUSION * (traffic.convolutions + traffic.others) - traffic.convolutions, 0.0)
     return 1 / (flops / (CONVOLUTION_SHARE * gpu.flops) + rest / (COPY_SHARE * gpu.bytes))
+
+
+def predictions(flops: float, traffic: Traffic) -> dict[str, float]:
+    """GPU -> predicted images per second, measured on none of them."""
+    return {name: predicted_images_per_second(gpu, flops, traffic) for name, gpu in GPUS.items()}

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.library import triton_op
 
 from models.binary import Estimator
+from models.losses import wide
 
 Residual = Literal["same", "pooled", "doubled"]
 
@@ -125,10 +126,6 @@ def _to_stream(du: Tensor, residual: str) -> Tensor:
     return du
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
 def _has_kernels(c: Tensor) -> bool:
     return c.is_cuda and c.dtype != torch.float64  # they compute in float32; float64 is there to check them
 
@@ -147,7 +144,7 @@ def statistics(c: Tensor) -> tuple[Tensor, Tensor]:
         from models import halfblock_triton as kernels
 
         return kernels.statistics(c)
-    var, mean = torch.var_mean(_wide(c), dim=(0, 2, 3), correction=0)
+    var, mean = torch.var_mean(wide(c), dim=(0, 2, 3), correction=0)
     return mean, var
 
 
@@ -171,7 +168,7 @@ def apply(
     u = _u(c, stream, scale, shift, residual)
     h = (torch.where(u > 0, u, u * _channels(slope)) + _channels(shift_out)).to(c.dtype)
     # The sign of the rounded h, so that forward and backward agree to the bit.
-    s = (_wide(h) + _channels(threshold)).sign().to(c.dtype) if has_sign else c.new_empty(0)
+    s = (wide(h) + _channels(threshold)).sign().to(c.dtype) if has_sign else c.new_empty(0)
     return h, s
 
 
@@ -202,16 +199,16 @@ def backward_sums(
         )  # fmt: skip
     u = _u(c, stream, scale, shift, residual)
     positive = u > 0
-    g = _wide(grad_h)
+    g = wide(grad_h)
     d_threshold = torch.zeros_like(mean)
     if has_sign:
         h = (torch.where(positive, u, u * _channels(slope)) + _channels(shift_out)).to(c.dtype)
-        z = (_wide(h) + _channels(threshold)).abs()
-        through = _wide(grad_s) * ((z <= 1) if estimator == "burn" else (2 - 2 * z).clamp(min=0))
+        z = (wide(h) + _channels(threshold)).abs()
+        through = wide(grad_s) * ((z <= 1) if estimator == "burn" else (2 - 2 * z).clamp(min=0))
         d_threshold = through.sum(dim=(0, 2, 3))
         g = g + through
     du = torch.where(positive, g, g * _channels(slope))
-    normal = (_wide(c) - _channels(mean)) * _channels(rstd)
+    normal = (wide(c) - _channels(mean)) * _channels(rstd)
     d_slope = torch.where(positive, torch.zeros_like(g), g * u).sum(dim=(0, 2, 3))
     sums = [du.sum(dim=(0, 2, 3)), (du * normal).sum(dim=(0, 2, 3)), g.sum(dim=(0, 2, 3)), d_threshold, d_slope]
     return du.to(c.dtype), torch.stack(sums)
@@ -224,13 +221,13 @@ def backward_input(du: Tensor, c: Tensor, k0: Tensor, k1: Tensor, k2: Tensor) ->
         from models import halfblock_triton as kernels
 
         return kernels.backward_input(du, c, k0, k1, k2)
-    return (_wide(du) * _channels(k0) + _wide(c) * _channels(k1) + _channels(k2)).to(c.dtype)
+    return (wide(du) * _channels(k0) + wide(c) * _channels(k1) + _channels(k2)).to(c.dtype)
 
 
 def _u(c: Tensor, stream: Tensor, scale: Tensor, shift: Tensor, residual: str) -> Tensor:
-    wide = _wide(stream)
+    shortcut = wide(stream)
     if residual == "pooled":
-        wide = F.avg_pool2d(wide, 2)
+        shortcut = F.avg_pool2d(shortcut, 2)
     elif residual == "doubled":
-        wide = torch.cat((wide, wide), dim=1)
-    return _wide(c) * _channels(scale) + _channels(shift) + wide
+        shortcut = torch.cat((shortcut, shortcut), dim=1)
+    return wide(c) * _channels(scale) + _channels(shift) + shortcut

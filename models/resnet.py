@@ -46,9 +46,8 @@ class ResNet(nn.Module):
     def train(self, mode: bool = True) -> ResNet:
         """Switch the mode; folding happens here, so load weights before."""
         super().train(mode)
-        tensors = [*self.parameters(), *self.buffers()]
-        if self.folds and not mode and not tensors[0].is_meta:
-            now = [(t.data_ptr(), t._version, t.dtype, t.device) for t in tensors]
+        if self.folds and not mode and not next(self.parameters()).is_meta:
+            now = [(t.data_ptr(), t._version, t.dtype, t.device) for t in (*self.parameters(), *self.buffers())]
             if now != self._folded_from:
                 self._folded, self._folded_from = [folded(self)], now
         return self

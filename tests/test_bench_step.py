@@ -8,7 +8,6 @@ import torch
 
 from engine import bench_step, dist, report
 from engine.bench_step import NotEqual, Phases, Resident, arms, gate, measure, quantiles, table, trainer_of, verdict
-from engine.describe import predictions
 from models import cost, methods
 from models.binary import Shift
 from tests.conftest import tiny
@@ -160,8 +159,7 @@ def burn():
     from tests.conftest import ROOT
 
     recipe = recipes.load(Path(ROOT / "recipes/burn_stage2.yaml"))
-    with torch.device("meta"):
-        return recipe, methods.load("burn").Method(recipe.method)
+    return recipe, methods.on_meta(recipe.method)
 
 
 def test_cost_of_burns_step():
@@ -170,22 +168,20 @@ def test_cost_of_burns_step():
     recipe, method = burn()
     assert cost.training_flops(method, [224, 224]) == pytest.approx(74.3e9, rel=0.002)
     config = recipe.method.model_copy(update={"teacher_bn": "eval"})
-    with torch.device("meta"):
-        folding = methods.load("burn").Method(config).train()
+    folding = methods.on_meta(config).train()
     assert cost.training_flops(folding, [224, 224]) == cost.training_flops(method, [224, 224])
     traffic = cost.eager_traffic(method, [224, 224])
     assert sum(traffic) == pytest.approx(1329e6, rel=0.15)
     wide = cost.eager_traffic(method, [224, 224], torch.float32)
     assert wide.convolutions == 2 * traffic.convolutions
-    speeds = predictions(recipe)
+    speeds = cost.predictions(cost.training_flops(method, [224, 224]), traffic)
     assert 2400 < speeds["H200"] < 3500 and speeds["H200"] > speeds["H100"] > speeds["A100"]
 
 
 def test_cost_follows_views_and_training():
     module = methods.load("swav")
     config = {"name": "swav", "backbone": {"arch": "reactnet", "width": 4}}
-    with torch.device("meta"):
-        method = module.Method(module.Config.model_validate(config))
+    method = methods.on_meta(module.Config.model_validate(config))
     small, large = (cost.count(method.backbone, size).macs for size in (32, 64))
     assert cost.training_flops(method, [64, 64, 32, 32, 32]) == 6 * (2 * large + 3 * small)
     (part,) = cost.parts(method, [64, 64, 32])

@@ -36,6 +36,11 @@ def networks(**keys):
     return net, other
 
 
+def assert_same_gradients(net, other):
+    for (name, p), q in zip(net.named_parameters(), other.parameters(), strict=True):
+        assert (p.grad - q.grad).norm() <= 1e-10 * p.grad.norm(), name
+
+
 @pytest.mark.parametrize("weights", ["real", "binary"])
 @pytest.mark.parametrize("estimator", ["burn", "reactnet"])
 def test_fused_network_equals_the_plain_one_in_float64(weights, estimator):
@@ -49,8 +54,7 @@ def test_fused_network_equals_the_plain_one_in_float64(weights, estimator):
     finally:
         torch.set_default_dtype(torch.float32)
     assert torch.allclose(a, b, atol=1e-12)
-    for (name, p), q in zip(net.named_parameters(), other.parameters(), strict=True):
-        assert (p.grad - q.grad).norm() <= 1e-10 * p.grad.norm(), name
+    assert_same_gradients(net, other)
     for (name, p), q in zip(net.named_buffers(), other.buffers(), strict=True):
         assert torch.allclose(p, q, atol=1e-12), name
     net.eval(), other.eval()
@@ -69,8 +73,7 @@ def test_accumulated_gradients_equal_the_plain_ones():
             a.backward(g), b.backward(g)
     finally:
         torch.set_default_dtype(torch.float32)
-    for (name, p), q in zip(net.named_parameters(), other.parameters(), strict=True):
-        assert (p.grad - q.grad).norm() <= 1e-10 * p.grad.norm(), name
+    assert_same_gradients(net, other)
     memory = [p.grad.data_ptr() for p in other.parameters()]
     assert len(set(memory)) == len(memory)
 

@@ -258,15 +258,13 @@ def main() -> int:
         return 1 if pool.failures else train.EXIT_STOPPED
     done = [row for row in rows if (row.name, 0) in pool.results]
     if done:
-        write(spec, done, pool.results, out, arguments.table)
+        write(spec, done, pool.results, out)
     for failure in pool.failures:
         print(f"failed: {failure}", file=sys.stderr)
     return 1 if pool.failures else 0
 
 
-def write(
-    spec: table.Table, rows: list[table.Row], results: dict[tuple[str, int], dict[str, Any]], out: Path, path: Path
-) -> None:
+def write(spec: table.Table, rows: list[table.Row], results: dict[tuple[str, int], dict[str, Any]], out: Path) -> None:
     """Write the table as Markdown, JSON and a figure, and print it."""
     entries = [
         report.Entry(row.name, row.paper, row.ablation, [r for (name, _), r in results.items() if name == row.name])
@@ -287,12 +285,12 @@ def write(
         "environment": environment(),
     }
     (out / "table.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    curves = {row.name: _last_stage(row, out) for row in rows}
+    curves = {row.name: _stages(row, out) for row in rows}
     report.draw_comparison(out / "table.png", spec.title, entries, curves)
     print(f"\n{text}\n\n{out / 'table.md'}, {out / 'table.json'} and {out / 'table.png'}")
 
 
-def _last_stage(row: table.Row, out: Path) -> list[Path]:
+def _stages(row: table.Row, out: Path) -> list[Path]:
     return [out / table.slug(row.name) / "seed0" / f"stage{number + 1}" for number in range(len(row.stages))]
 
 

@@ -17,7 +17,7 @@ import _root
 import torch
 
 import loaders
-from engine import evals, report, train
+from engine import evals, report, table, train
 from engine import recipe as recipes
 from engine.log import duration, environment, to_console
 from engine.recipe import Recipe
@@ -55,33 +55,30 @@ class Chain:
     def students(self, teacher: Recipe, seed: int) -> dict[str, Recipe]:
         """The random baseline and both BURN stages of one seed."""
         folder = f"seed{seed}"
-        extractor = (teacher, {"teacher": "backbone"})
+        extractor = (teacher.folder, {"teacher": "backbone"})
         kept = {part: part for part in ("student", "student_head", "teacher_head")}
         # A fair random network: nothing is learned, but BatchNorm has seen the data.
-        still = ["schedules.lr=0", "run.duration=50it", "evals=[]", _init(extractor)]
+        still = ["schedules.lr=0", "run.duration=50it", "evals=[]", table.init(extractor)]
         runs = {"random": self.run("random weights, BatchNorm statistics only", "burn_stage2", folder, *still,
                                    seed=seed, name="random")}  # fmt: skip
         runs["stage 1"] = self.run(
-            "BURN stage 1: binary activations", "burn_stage1", folder, _init(extractor), seed=seed
+            "BURN stage 1: binary activations", "burn_stage1", folder, table.init(extractor), seed=seed
         )
-        sources = _init((runs["stage 1"], kept), extractor)
+        sources = table.init((runs["stage 1"].folder, kept), extractor)
         runs["stage 2"] = self.run("BURN stage 2: binary weights too", "burn_stage2", folder, sources, seed=seed)
         return runs
 
-    def probe(self, name: str, recipe: Recipe, part: str) -> float:
+    def probe(self, name: str, recipe: Recipe) -> float:
         """Linear top-1 of a run's network."""
-        network = dict(recipe.method)[part].model_dump_json()
-        folder = recipe.folder.parent.name
-        overrides = [f"method.backbone={network}", _init((recipe, {"backbone": part}))]
         probe = self.run(
-            f"linear evaluation of {name}", "linear", folder, *overrides, seed=recipe.seed, name=f"linear_{recipe.name}"
+            f"linear evaluation of {name}",
+            "linear",
+            recipe.folder.parent.name,
+            *table.probe(recipe),
+            seed=recipe.seed,
+            name=f"linear_{recipe.name}",
         )
         return report.final(probe.folder, "accuracy")
-
-
-def _init(*sources: tuple[Recipe, dict[str, str]]) -> str:
-    """An `init` override from other runs."""
-    return "init=" + json.dumps([{"from": str(recipe.folder), "load": load} for recipe, load in sources])
 
 
 def pixel_baselines(recipe: Recipe) -> dict[str, float]:
@@ -136,10 +133,10 @@ def main() -> int:
     students, scores_of = [], []
     try:
         teacher = chain.teacher()
-        teacher_score = chain.probe("the teacher", teacher, "backbone")
+        teacher_score = chain.probe("the teacher", teacher)
         for seed in range(arguments.seeds):
             students.append(chain.students(teacher, seed))
-            scores_of.append({name: chain.probe(name, run, "student") for name, run in students[-1].items()})
+            scores_of.append({name: chain.probe(name, run) for name, run in students[-1].items()})
     except train.Stopped as stopped:
         print(f"{stopped}; start this command again")
         return train.EXIT_STOPPED

@@ -7,6 +7,7 @@ import pkgutil
 from types import ModuleType
 from typing import ClassVar
 
+import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
@@ -87,3 +88,14 @@ def load(name: str) -> ModuleType:
     if name not in available():
         raise KeyError(name)
     return importlib.import_module(f"models.methods.{name}")
+
+
+def build(config: MethodConfig) -> Method:
+    """The method that a recipe's `method` section describes."""
+    return load(config.name).Method(config)
+
+
+def on_meta(config: MethodConfig) -> Method:
+    """The same on the meta device: parts, shapes and costs without memory."""
+    with torch.device("meta"):
+        return build(config)

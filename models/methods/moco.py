@@ -101,34 +101,50 @@ def follow(network: nn.Module, leader: nn.Module, momentum: float) -> None:
     torch._foreach_lerp_(list(network.parameters()), list(leader.parameters()), 1 - momentum)
 
 
-class Method(Base):
-    """Query of view 1 against the key of view 2 and the queue; only the query is trained by the optimizer."""
+class QueryEncoder(Base):
+    """A backbone with MoCo's projection head, which is what S2-BNN trains too.
 
-    moved_after_step = ("contrast.",)
+    Args:
+        backbone: of the network that is trained.
+        out_dim: D of the embedding.
+        temperature: T of the loss.
+    """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, backbone: backbones.Config, out_dim: int, temperature: float) -> None:
         super().__init__()
-        self.config = config
-        self.backbone = backbones.build(config.backbone)
+        self.temperature = temperature
+        self.backbone = backbones.build(backbone)
         width = self.backbone.out_channels
-        self.head = MLP(width, width, config.out_dim, norm=False)
-        self.contrast = Contrast(self.backbone, self.head, config.out_dim, config.queue_size, config.temperature)
+        self.head = MLP(width, width, out_dim, norm=False)
 
-    def forward(self, views: list[Tensor], label: Tensor, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Two views [B, 3, H, W] to the InfoNCE loss."""
-        query = F.normalize(self.head(self.backbone(views[0])), dim=1)  # [B, D]
-        loss, accuracy = self.contrast(query, views[1])
-        return {"loss": loss, "contrast_top1": accuracy}
-
-    def after_step(self, values: dict[str, float]) -> None:
-        """Move the momentum encoder and the queue."""
-        self.contrast.after_step(self.backbone, self.head, values["momentum"])
+    def query(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] to unit embeddings [B, D]."""
+        return F.normalize(self.head(self.backbone(images)), dim=1)
 
     def outputs(self, features: Tensor) -> Tensor:
         """The unit embedding over the temperature, read as logits as S2-BNN does."""
-        return F.normalize(self.head(features), dim=1) / self.config.temperature
+        return F.normalize(self.head(features), dim=1) / self.temperature
 
     @property
     def evaluated(self) -> nn.Module:
         """The query backbone."""
         return self.backbone
+
+
+class Method(QueryEncoder):
+    """Query of view 1 against the key of view 2 and the queue; only the query is trained by the optimizer."""
+
+    moved_after_step = ("contrast.",)
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config.backbone, config.out_dim, config.temperature)
+        self.contrast = Contrast(self.backbone, self.head, config.out_dim, config.queue_size, config.temperature)
+
+    def forward(self, views: list[Tensor], label: Tensor, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Two views [B, 3, H, W] to the InfoNCE loss."""
+        loss, accuracy = self.contrast(self.query(views[0]), views[1])
+        return {"loss": loss, "contrast_top1": accuracy}
+
+    def after_step(self, values: dict[str, float]) -> None:
+        """Move the momentum encoder and the queue."""
+        self.contrast.after_step(self.backbone, self.head, values["momentum"])

@@ -10,14 +10,13 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from models import backbones
 from models.heads import MLP
 from models.losses import collapse_meters, soft_cross_entropy
-from models.methods import Method as Base
 from models.methods import MethodConfig
-from models.methods.moco import Contrast
+from models.methods.moco import Contrast, QueryEncoder
 
 
 class Config(MethodConfig):
@@ -46,15 +45,12 @@ class Config(MethodConfig):
         return ("momentum",) if self.contrast else ()
 
 
-class Method(Base):
+class Method(QueryEncoder):
     """Soft cross-entropy of the student's embedding under the frozen teacher's, coordinates read as classes."""
 
     def __init__(self, config: Config) -> None:
-        super().__init__()
+        super().__init__(config.backbone, config.out_dim, config.temperature)
         self.config = config
-        self.backbone = backbones.build(config.backbone)
-        width = self.backbone.out_channels
-        self.head = MLP(width, width, config.out_dim, norm=False)
         self.teacher = backbones.frozen(config.teacher, folds=True)
         width = self.teacher.out_channels
         self.teacher_head = MLP(width, config.teacher_hidden_dim or width, config.out_dim, norm=False)
@@ -75,7 +71,7 @@ class Method(Base):
         temperature = self.config.temperature
         with torch.no_grad():
             target = F.normalize(self.teacher_head(self.teacher(views[0])), dim=1)  # [B, D]
-        query = F.normalize(self.head(self.backbone(views[0])), dim=1)  # [B, D]
+        query = self.query(views[0])  # [B, D]
         loss = soft_cross_entropy(query, target, temperature).mean()
         logged = {"distillation": loss.detach()}
         if self.config.contrast:
@@ -89,12 +85,3 @@ class Method(Base):
         """Move the momentum encoder and the queue, where there are any."""
         if self.config.contrast:
             self.contrast.after_step(self.backbone, self.head, values["momentum"])
-
-    def outputs(self, features: Tensor) -> Tensor:
-        """The unit embedding over the temperature."""
-        return F.normalize(self.head(features), dim=1) / self.config.temperature
-
-    @property
-    def evaluated(self) -> nn.Module:
-        """The student's backbone."""
-        return self.backbone
