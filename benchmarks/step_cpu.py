@@ -9,7 +9,6 @@ import argparse
 import json
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -48,8 +47,7 @@ def saved_bytes() -> dict[str, float]:
                 continue
             run = arm.recipe.run.model_copy(update={"amp": amp})
             recipe = arm.recipe.model_copy(update={"run": run})
-            with tempfile.TemporaryDirectory() as folder:
-                trainer = bench_step.trainer_of(arm._replace(recipe=recipe), world, Path(folder))
+            trainer = bench_step.trainer_of(arm._replace(recipe=recipe), world)
             sizes = [bench_step.saved_bytes(trainer, next(Resident(recipe, world.device, n))) for n in (2, 4)]
             name = f"{arm.name}, {'float32' if amp == 'off' else '16-bit'}"
             found[name] = (sizes[1] - sizes[0]) / 2 / 1e6
@@ -64,11 +62,11 @@ def one(overrides: list[str]) -> float:
     world = dist.start("cpu", 60)
     torch.set_num_threads(1)
     arm = bench_step.arms(recipe, world.device)[1]
-    with tempfile.TemporaryDirectory() as folder:
-        running = Running(arm, world, Path(folder))
-        running.feed(Resident(arm.recipe, world.device))
-        running.run(3)
-        times = [sum(step.values()) for step in running.run(10)]
+    running = Running(arm, world)
+    running.feed(Resident(arm.recipe, world.device))
+    bench_step.watch(running.trainer, running.phases)
+    running.run(3)
+    times = [sum(step.values()) for step in running.run(10)]
     dist.stop()
     return 1000 * recipe.data.batch_size / median(times)
 
@@ -152,13 +150,20 @@ def main() -> int:
             print(f"speed {speed}")
         return 0
     result: dict[str, Any] = {"environment": environment()}
+
+    def keep() -> None:
+        (HERE / "step_cpu.json").write_text(json.dumps(result, indent=1, default=str) + "\n", encoding="utf-8")
+
+    # What fails soonest comes first; each part is kept when it is done.
+    result["images_per_second"] = growth()
+    draw_growth(result["images_per_second"], HERE / "growth.png")
+    keep()
     result["step"] = bench_step.measure(small(), "step", steps=10, rounds=6, warm_up=4)
     print(bench_step.table(result["step"]), flush=True)
     report.draw_phases(result["step"], HERE / "step_cpu.png")
+    keep()
     result["saved_mb_per_image"] = saved_bytes()
-    result["images_per_second"] = growth()
-    draw_growth(result["images_per_second"], HERE / "growth.png")
-    (HERE / "step_cpu.json").write_text(json.dumps(result, indent=1, default=str) + "\n", encoding="utf-8")
+    keep()
     return 0
 
 

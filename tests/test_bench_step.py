@@ -10,7 +10,7 @@ from engine import bench_step, dist, report
 from engine.bench_step import NotEqual, Phases, Resident, arms, gate, measure, quantiles, table, trainer_of, verdict
 from models import cost, methods
 from models.binary import Shift
-from tests.conftest import tiny
+from tests.conftest import run_ranks, tiny
 
 CPU = torch.device("cpu")
 EAGER = ("reference", "eager")
@@ -23,7 +23,7 @@ def eager_arms(recipe, device=CPU):
 @pytest.mark.parametrize("path", ["burn_stage1.yaml", "burn_stage2.yaml", "swav.yaml", "byol.yaml", "moco_v2.yaml"])
 def test_reference_and_eager_are_equal_in_float64(path, tmp_path):
     recipe = tiny(path, tmp_path)
-    found = gate(eager_arms(recipe), dist.start("cpu", 60), tmp_path)
+    found = gate(eager_arms(recipe), dist.start("cpu", 60))
     assert set(found) == {"eager"} and found["eager"] < 1e-12
     assert torch.get_default_dtype() == torch.float32
 
@@ -31,7 +31,7 @@ def test_reference_and_eager_are_equal_in_float64(path, tmp_path):
 @pytest.mark.slow
 def test_compiled_arm_is_equal_in_float64(tmp_path):
     recipe = tiny("quick/supervised.yaml", tmp_path)
-    found = gate(arms(recipe, CPU), dist.start("cpu", 60), tmp_path)
+    found = gate(arms(recipe, CPU), dist.start("cpu", 60))
     assert set(found) == {"eager", "compiled", "fused"} and max(found.values()) < 1e-10
 
 
@@ -46,7 +46,7 @@ def test_a_wrong_arm_stops_the_benchmark(tmp_path, monkeypatch):
 
     monkeypatch.setattr(reactnet.ReActNet, "pooled", wrong)
     with pytest.raises(NotEqual, match="arm eager differs from the reference by .* nothing was timed"):
-        gate(eager_arms(recipe), dist.start("cpu", 60), tmp_path)
+        gate(eager_arms(recipe), dist.start("cpu", 60))
 
 
 def test_a_number_that_is_none_stops_the_benchmark(tmp_path, monkeypatch):
@@ -70,12 +70,12 @@ def test_a_number_that_is_none_stops_the_benchmark(tmp_path, monkeypatch):
 
     monkeypatch.setattr(reactnet.Block, "forward", wrong)
     with pytest.raises(NotEqual, match="by nan"):
-        gate(eager_arms(recipe), dist.start("cpu", 60), tmp_path)
+        gate(eager_arms(recipe), dist.start("cpu", 60))
 
 
 def test_the_reference_arm_is_the_authors_way(tmp_path):
     reference, eager = eager_arms(tiny("burn_stage2.yaml", tmp_path))
-    one, other = (trainer_of(arm, dist.start("cpu", 60), tmp_path) for arm in (reference, eager))
+    one, other = (trainer_of(arm, dist.start("cpu", 60)) for arm in (reference, eager))
     shifts = [m for m in one.method.modules() if isinstance(m, Shift)]
     assert shifts and all(
         shift(torch.zeros(1, shift.bias.shape[1], 1, 1).half()).dtype == torch.float32 for shift in shifts
@@ -102,6 +102,17 @@ def test_phases_cover_the_step(tmp_path, monkeypatch):
     json.dumps(result)
     report.draw_phases(result, tmp_path / "phases.png")
     assert (tmp_path / "phases.png").stat().st_size > 5000
+
+
+def on_ranks(folder):
+    recipe = tiny("quick/supervised.yaml", folder, "data.micro_batch=4")
+    bench_step.arms = lambda recipe, device, arms=bench_step.arms: [a for a in arms(recipe, device) if a.name in EAGER]
+    result = measure(recipe, "train", steps=1, rounds=2, warm_up=1)
+    assert result["ranks"] == 2 and result["train"]["images_per_second"]["with_loader"] > 0
+
+
+def test_on_two_ranks(tmp_path):
+    assert run_ranks(2, on_ranks, tmp_path) == [0, 0]
 
 
 def test_with_the_loader(tmp_path, monkeypatch):
