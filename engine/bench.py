@@ -77,7 +77,8 @@ def measure(arms: Sequence[Arm], *, batch: int, batches: int, rounds: int) -> di
 
 def _cpu_seconds() -> float:
     """CPU time of this process and its descendants, those included that have ended and were waited for."""
-    total, waiting = 0.0, [os.getpid()]
+    own = os.getpid()
+    total, waiting = time.process_time(), [own]
     while waiting:
         process = waiting.pop()
         try:
@@ -86,7 +87,8 @@ def _cpu_seconds() -> float:
                 waiting += [int(child) for child in (thread / "children").read_text().split()]
         except OSError:
             continue  # it has ended
-        total += sum(int(ticks) for ticks in fields[11:15]) / _TICKS  # its own, and of its children that ended
+        # Its own, and of its children that ended. Ticks are 10 ms: too coarse for this process, which may be all.
+        total += sum(int(ticks) for ticks in fields[13 if process == own else 11 : 15]) / _TICKS
     return total
 
 
