@@ -81,6 +81,12 @@ def arms(recipe: Recipe, device: torch.device) -> list[Arm]:
         ),
         Arm("compiled", "and every backbone compiled", variant(compile=True, channels_last=True, kernels="torch")),
     ]
+    if device.type == "cuda":
+        what = "and small kernels of one kind made one, those of all weights among them"
+        options = {"combo_kernels": True}
+        found.append(
+            Arm("combo", what, variant(compile=True, compile_options=options, channels_last=True, kernels="torch"))
+        )
     if _has_binary_student(recipe):
         what = "and half-blocks of the binary network in one pass"
         found.append(Arm("fused", what, variant(compile=True, channels_last=True, kernels="fused")))
@@ -355,7 +361,8 @@ class Running:
 
 def saved_bytes(trainer: Trainer, batch: Batch) -> int:
     """Bytes that one forward pass keeps for the backward, beside parameters and images."""
-    given = (*trainer.method.parameters(), *trainer.method.buffers(), *batch.views)
+    views = trainer.inputs(batch)
+    given = (*trainer.method.parameters(), *trainer.method.buffers(), *views)
     there = {tensor.untyped_storage().data_ptr() for tensor in given}
     storages: dict[int, int] = {}
 
@@ -368,7 +375,7 @@ def saved_bytes(trainer: Trainer, batch: Batch) -> int:
     amp = trainer.amp_dtype
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         with torch.autocast(trainer.world.device.type, amp, enabled=amp is not None):
-            loss = trainer.method(batch.views, batch.label, _first_values(trainer))["loss"]
+            loss = trainer.method(views, batch.label, _first_values(trainer))["loss"]
     del loss
     return sum(storages.values())
 

@@ -72,6 +72,8 @@ class RunConfig(Section):
     amp: Literal["off", "bf16", "fp16"] = "off"
     channels_last: bool = True
     compile: bool = False
+    compile_options: dict[str, bool | int | float | str] = {}
+    """Settings of `torch._inductor.config` for the compiled backbones, such as {combo_kernels: true}."""
     kernels: Literal["torch", "fused"] = "torch"
     """`fused`: half-blocks of the binary network in one pass each (`models/halfblock.py`), by Triton on a GPU. Not the
     default before it was measured on one."""
@@ -85,6 +87,19 @@ class RunConfig(Section):
     """How long a rank waits for the others in a collective before it gives up."""
     folder: str = "runs"
     """The run's own folder is `<folder>/<name>`."""
+
+    @model_validator(mode="after")
+    def _options_of_the_compiler(self) -> RunConfig:
+        if self.compile_options and not self.compile:
+            raise ValueError("compile_options: expected compile: true beside it")
+        if self.compile_options:
+            import torch._inductor  # takes a second
+
+            for name in set(self.compile_options) - set(torch._inductor.list_options()):
+                raise ValueError(
+                    f"compile_options.{name}: no setting of torch._inductor.config of PyTorch {torch.__version__}"
+                )
+        return self
 
     @field_validator("duration")
     @classmethod

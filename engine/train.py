@@ -24,7 +24,7 @@ from engine.log import Clock, Meter, RunLog, duration, environment, logger, vers
 from engine.monitors import IMAGES, Monitors
 from engine.recipe import Recipe, RecipeError, micro_steps, resolve
 from engine.schedules import Horizon, due, value
-from loaders import DataError, Index
+from loaders import Batch, DataError, Index
 from models import methods
 from models.backbones import Backbone
 from models.methods import Method
@@ -114,7 +114,7 @@ class Trainer:
             # arithmetic. In place: keys of the checkpoint never know of it.
             for part in self.method.modules():
                 if isinstance(part, Backbone):
-                    part.compile(fullgraph=True, dynamic=False)
+                    part.compile(fullgraph=True, dynamic=False, options=recipe.run.compile_options)
         self.model: torch.nn.Module = self.method
         if world.world_size > 1:
             # Statistics of BatchNorm stay per rank, as in the reference; evaluations use rank 0's.
@@ -122,6 +122,9 @@ class Trainer:
             names = inspect.signature(DistributedDataParallel).parameters
             buffers = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
             options: dict[str, Any] = {buffers: False, "gradient_as_bucket_view": True}
+            # With accumulation a static graph needs its first step to be reduced with every micro-step (PyTorch 2.14
+            # asserts it), which rounds differently: a resumed run would no longer be equal to the bit.
+            options["static_graph"] = self.micro_steps == 1
             device_ids = [world.device] if world.device.type == "cuda" else None
             self.model = DistributedDataParallel(self.method, device_ids=device_ids, **options)
         self.method.train()
@@ -156,7 +159,7 @@ class Trainer:
             # Gradients are reduced over ranks once per optimizer step, with the last micro-step.
             with nullcontext() if is_last or self.model is self.method else self.model.no_sync():  # type: ignore[operator]
                 with torch.autocast(self.world.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
-                    scalars = self.model(batch.views, batch.label, self.values)
+                    scalars = self.model(self.inputs(batch), batch.label, self.values)
                 self.mark("backward")
                 self.scaler.scale(scalars["loss"] / self.micro_steps).backward()
             bad |= ~scalars["loss"].detach().isfinite()
@@ -180,6 +183,10 @@ class Trainer:
         self.method.after_step(now)
         self.clock.trained(self.recipe.data.batch_size)
         return bad
+
+    def inputs(self, batch: Batch) -> list[Tensor]:
+        """The views of a batch in the precision that convolutions run in: cast once, not by every network."""
+        return [view.to(self.amp_dtype) for view in batch.views] if self.amp_dtype else batch.views
 
     def _guard(self) -> None:
         """Once: what should move has a gradient, nothing else has one. The released BURN code fails here."""

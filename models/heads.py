@@ -16,23 +16,30 @@ class SyncBatchNorm1d(nn.BatchNorm1d):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C] to [B, C]; every rank must hold the same B."""
-        if not self.training or world_size() == 1:
-            return super().forward(x)
+        """[B, C], or [V, B, C] where each of V views has statistics of its own, to the same shape.
+
+        Every rank must hold the same B. All views share one collective; the running statistics see one after another.
+        """
+        if not self.training:
+            return super().forward(x.flatten(0, -2)).view_as(x)
+        if world_size() == 1:
+            one = nn.BatchNorm1d.forward
+            return one(self, x) if x.ndim == 2 else torch.stack([one(self, view) for view in x])
         # Sums in float64: E[x^2] - E[x]^2 cancels badly in float32. C is small, so the cost is nothing.
         wide = x.double()
-        sums = all_reduce_sum(torch.stack((wide.sum(0), wide.square().sum(0))))  # [2, C]
-        count = x.shape[0] * world_size()
+        sums = all_reduce_sum(torch.stack((wide.sum(-2), wide.square().sum(-2))))  # [2, C] or [2, V, C]
+        count = x.shape[-2] * world_size()
         mean = sums[0] / count
         var = (sums[1] / count - mean.square()).clamp(min=0)
         with torch.no_grad():
             assert self.running_mean is not None and self.running_var is not None
             assert self.num_batches_tracked is not None and self.momentum is not None
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-            unbiased = (var * (count / max(count - 1, 1))).to(self.running_var.dtype)
-            self.running_var.lerp_(unbiased, self.momentum)
-        normal = (wide - mean) * torch.rsqrt(var + self.eps)
+            unbiased = var * (count / max(count - 1, 1))
+            for one_mean, one_var in zip(mean.view(-1, x.shape[-1]), unbiased.view(-1, x.shape[-1]), strict=True):
+                self.num_batches_tracked += 1
+                self.running_mean.lerp_(one_mean.to(self.running_mean.dtype), self.momentum)
+                self.running_var.lerp_(one_var.to(self.running_var.dtype), self.momentum)
+        normal = (wide - mean.unsqueeze(-2)) * torch.rsqrt(var + self.eps).unsqueeze(-2)
         return (normal * self.weight + self.bias).to(x.dtype)
 
 
@@ -58,5 +65,5 @@ class MLP(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, in_dim] to [B, out_dim]."""
+        """[B, in_dim] to [B, out_dim], or views [V, B, in_dim] to [V, B, out_dim]; see `SyncBatchNorm1d`."""
         return self.fc1(torch.relu(self.bn0(self.fc0(x))))

@@ -59,6 +59,7 @@ def tiny_overrides(path: Path, folder: Path) -> list[str]:
         "run.save_every=2it",
         "run.keep=100",
         "run.amp=off",
+        "run.compile=false",
         "init=[]",
     ]
     if method.name == "burn":

@@ -267,21 +267,29 @@ def test_two_ranks_equal_accumulation_equal_one_batch(tmp_path):
 
 
 def synced(folder):
+    from models import collectives
     from models.heads import MLP, SyncBatchNorm1d
 
     world = dist.start("cpu", 60)
     torch.manual_seed(0)
     head = MLP(6, 5, 4, norm=True).double()
-    x = torch.randn(12, 6, dtype=torch.float64)
-    target = torch.randn(12, 4, dtype=torch.float64)
+    x = torch.randn(2, 12, 6, dtype=torch.float64)  # two views
+    target = torch.randn(2, 12, 4, dtype=torch.float64)
     mine = slice(12 // world.world_size * world.rank, 12 // world.world_size * (world.rank + 1))
-    x = x[mine].requires_grad_()
+    x = x[:, mine].contiguous().requires_grad_()
     assert isinstance(head.bn0, SyncBatchNorm1d)
-    ((head(x) - target[mine]) ** 2).sum().backward()
+    count, all_reduce = [], collectives.dist.all_reduce
+    collectives.dist.all_reduce = lambda *a, **k: count.append(1) or all_reduce(*a, **k)
+    # One process runs its views one after another: what several ranks do with both in one collective.
+    outputs = head(x) if world.world_size > 1 else torch.stack([head(view) for view in x])
+    ((outputs - target[:, mine]) ** 2).sum().backward()
+    collectives.dist.all_reduce = all_reduce
+    assert len(count) == (0 if world.world_size == 1 else 2)  # one forward, one backward
+    assert torch.equal(head.eval()(x)[1], head(x[1]))
     for parameter in head.parameters():
         parameter.grad = dist.total(parameter.grad)
     state = {
-        "x": dist.gather_rows(x.grad),
+        "x": dist.gather_rows(x.grad.transpose(0, 1).contiguous()),
         **{f"grad {n}": p.grad for n, p in head.named_parameters()},
         **{f"buffer {n}": b for n, b in head.named_buffers()},
     }

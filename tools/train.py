@@ -11,12 +11,13 @@ or SIGUSR1 and saved, go on with --resume; 1 anything else.
 
 import argparse
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import _root  # noqa: F401
 
-from engine import bench, bench_step, dist, train
+from engine import bench, bench_step, dist, report, train
 from engine import recipe as recipes
 from engine.checkpoint import CheckpointError
 from engine.describe import describe, missing
@@ -43,7 +44,12 @@ def main() -> int:
         "training step beside the authors' way, by phase, `train` the same with the recipe's loader",
     )
     parser.add_argument("--json", type=Path, help="also write what --benchmark measured here")
+    parser.add_argument("--figure", type=Path, help="also draw the phases of --benchmark step or train here (PNG)")
     arguments = parser.parse_intermixed_args()
+    if arguments.figure and arguments.benchmark not in ("step", "train"):
+        parser.error("--figure draws what --benchmark step or train measured")
+    if arguments.figure and not find_spec("matplotlib"):
+        parser.error("--figure needs matplotlib: pip install matplotlib")
     to_console(is_main=dist.environment_rank() == 0)
     try:
         recipe = recipes.load(arguments.recipe, arguments.override)
@@ -57,6 +63,8 @@ def main() -> int:
                 print(mode.table(result))
                 if arguments.json:
                     bench.write(result, arguments.json)
+                if arguments.figure:
+                    report.draw_phases(result, arguments.figure)
             return 0
         if problems := missing(recipe, resumes=arguments.resume):
             raise RecipeError(f"{arguments.recipe}: {'; '.join(problems)}")

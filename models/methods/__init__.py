@@ -44,7 +44,7 @@ class Method(nn.Module):
         """Compute the loss of one micro-batch.
 
         Args:
-            views: tensors [B, 3, H, W], normalised, channels_last.
+            views: tensors [B, 3, H, W], normalised, channels_last, in the precision of `run.amp`.
             label: [B] int64; ignored by the methods that learn without labels.
             values: the scheduled scalars of this step as 0-d tensors on the device.
 

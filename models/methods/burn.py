@@ -6,6 +6,7 @@ the release cannot be followed. Each choice is a key of `Config`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -63,12 +64,12 @@ class Method(Base):
 
     def forward(self, views: list[Tensor], label: Tensor, values: dict[str, Tensor]) -> dict[str, Tensor]:
         """Two views [B, 3, H, W]; see the class for the loss. Each view is a forward of its own, so that
-        BatchNorm statistics are per view as in the reference."""
+        BatchNorm statistics are per view as in the reference; the heads see which rows are of which view."""
         with torch.no_grad():
             features = [self.teacher(view) for view in views]
-        targets = [self.teacher_head(feature) for feature in features]  # V x [B, out_dim]
-        outputs = [self.student_head(self.student(view)) for view in views]
-        return burn_loss(outputs, targets, values["balance"], self.config)
+        targets = self.teacher_head(torch.stack(features))  # [V, B, out_dim]
+        outputs = self.student_head(torch.stack([self.student(view) for view in views]))
+        return burn_loss(outputs.unbind(), targets.unbind(), values["balance"], self.config)
 
     def outputs(self, features: Tensor) -> Tensor:
         """The student's classifier outputs over the temperature."""
@@ -80,7 +81,9 @@ class Method(Base):
         return self.student
 
 
-def burn_loss(outputs: list[Tensor], targets: list[Tensor], balance: Tensor, config: Config) -> dict[str, Tensor]:
+def burn_loss(
+    outputs: Sequence[Tensor], targets: Sequence[Tensor], balance: Tensor, config: Config
+) -> dict[str, Tensor]:
     """BURN's loss on classifier outputs.
 
     Args:

@@ -51,10 +51,11 @@ class Method(Base):
         self.target_head = copy.deepcopy(self.head).requires_grad_(False)
 
     def forward(self, views: list[Tensor], label: Tensor, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Two views [B, 3, H, W] to the symmetric loss; each view is a forward of its own."""
-        predictions = [self.predictor(self.head(self.backbone(view))) for view in views]  # 2 x [B, out_dim]
+        """Two views [B, 3, H, W] to the symmetric loss; each view has BatchNorm statistics of its own."""
+        features = torch.stack([self.backbone(view) for view in views])  # [V, B, D]
+        predictions = self.predictor(self.head(features))  # [V, B, out_dim]
         with torch.no_grad():
-            targets = [self.target_head(self.target_backbone(view)) for view in views]
+            targets = self.target_head(torch.stack([self.target_backbone(view) for view in views]))
         one, two = (feature_similarity(predictions[v], targets[1 - v]).mean() for v in range(2))
         unit = F.normalize(wide(targets[0]), dim=1)
         return {"loss": one + two, "target_std": unit.std(dim=0, correction=0).mean()}
