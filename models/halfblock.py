@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.library import triton_op
 
-from models.binary import Estimator
+from models.binary import Estimator, has_kernels
 from models.losses import wide
 
 Residual = Literal["same", "pooled", "doubled"]
@@ -126,10 +126,6 @@ def _to_stream(du: Tensor, residual: str) -> Tensor:
     return du
 
 
-def _has_kernels(c: Tensor) -> bool:
-    return c.is_cuda and c.dtype != torch.float64  # they compute in float32; float64 is there to check them
-
-
 def _channels(x: Tensor) -> Tensor:
     return x.view(1, -1, 1, 1)
 
@@ -140,7 +136,7 @@ def _channels(x: Tensor) -> Tensor:
 @triton_op("burn::half_block_statistics", mutates_args=())
 def statistics(c: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance [C] of [B, C, H, W] over the batch, in at least float32."""
-    if _has_kernels(c):
+    if has_kernels(c):
         from models import halfblock_triton as kernels
 
         return kernels.statistics(c)
@@ -161,7 +157,7 @@ def apply(
     has_sign: bool,
 ) -> tuple[Tensor, Tensor]:
     """h and s of the module's formula, u = c · scale + shift + residual; s is empty without a sign."""
-    if _has_kernels(c):
+    if has_kernels(c):
         from models import halfblock_triton as kernels
 
         return kernels.apply(c, stream, scale, shift, slope, shift_out, threshold, residual, has_sign)
@@ -190,7 +186,7 @@ def backward_sums(
     has_sign: bool,
 ) -> tuple[Tensor, Tensor]:
     """du, which is the stream's gradient too, and [5, C]: dβ (= d shift_in), dγ, d shift_out, d threshold, d slope."""
-    if _has_kernels(c):
+    if has_kernels(c):
         from models import halfblock_triton as kernels
 
         return kernels.backward_sums(
@@ -217,7 +213,7 @@ def backward_sums(
 @triton_op("burn::half_block_backward_input", mutates_args=())
 def backward_input(du: Tensor, c: Tensor, k0: Tensor, k1: Tensor, k2: Tensor) -> Tensor:
     """dc = k0 · du + k1 · c + k2 with k of [C]: BatchNorm's backward."""
-    if _has_kernels(c):
+    if has_kernels(c):
         from models import halfblock_triton as kernels
 
         return kernels.backward_input(du, c, k0, k1, k2)

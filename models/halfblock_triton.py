@@ -1,4 +1,4 @@
-"""Triton kernels of `models/halfblock.py`; each function here is the twin of one there.
+"""Triton kernels of `models/halfblock.py`, each function the twin of one there, and the one of all binary weights.
 
 Tensors [B, C, H, W] in channels_last are matrices of M = B·H·W rows and C columns in memory. A program works on tiles
 of BM rows and BC columns; sums over rows are kept for each place of the tile and only added up at the end of its
@@ -172,6 +172,23 @@ def _input_kernel(du_ptr, c_ptr, dc_ptr, k0_ptr, k1_ptr, k2_ptr, M, C, BM: tl.co
     tl.store(dc_ptr + places, dc.to(dc_ptr.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _weight_kernel(table_ptr, sign_ptr, scale_ptr, BLOCK: tl.constexpr):
+    row = tl.program_id(0)
+    weight_ptr = tl.load(table_ptr + 3 * row).to(tl.pointer_type(tl.float32))
+    length = tl.load(table_ptr + 3 * row + 1)
+    first = tl.load(table_ptr + 3 * row + 2)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, length, BLOCK):
+        places = start + tl.arange(0, BLOCK)
+        mask = places < length
+        w = tl.load(weight_ptr + places, mask=mask, other=0.0)
+        total += tl.abs(w)
+        s = tl.where(w > 0, 1.0, tl.where(w < 0, -1.0, 0.0))
+        tl.store(sign_ptr + first + places, s.to(sign_ptr.dtype.element_ty), mask=mask)
+    tl.store(scale_ptr + row, tl.sum(total, 0) / length)
+
+
 def tile(channels: int) -> tuple[int, int]:
     """Rows and columns of a tile: whole 128-byte lines of 16-bit numbers where there are that many channels."""
     columns = min(64, max(16, triton.next_power_of_2(channels)))
@@ -264,3 +281,24 @@ def backward_input(du: Tensor, c: Tensor, k0: Tensor, k1: Tensor, k2: Tensor, wr
     grid = (triton.cdiv(rows, bm), triton.cdiv(channels, bc))
     wrap(_input_kernel)[grid](du, c, dc, k0, k1, k2, rows, channels, BM=bm, BC=bc)
     return dc
+
+
+_TABLES: dict[Any, Tensor] = {}
+
+
+def weight_signs(weights: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """See `models.binary.signs_and_scales`; a program for each output channel of all weights, in float32."""
+    rows = sum(len(weight) for weight in weights)
+    key = tuple((weight.data_ptr(), weight.shape) for weight in weights)
+    if key not in _TABLES:  # parameters stay where they are, so that a run makes this once
+        table, start = [], 0
+        for weight in weights:
+            length = weight[0].numel()
+            for row in range(len(weight)):
+                table.append((weight.data_ptr() + 4 * row * length, length, start + row * length))
+            start += weight.numel()
+        _TABLES[key] = torch.tensor(table, dtype=torch.int64, device=weights[0].device)
+    signs = torch.empty(sum(weight.numel() for weight in weights), dtype=dtype, device=weights[0].device)
+    scales = torch.empty(rows, dtype=torch.float32, device=weights[0].device)
+    _weight_kernel[(rows,)](_TABLES[key], signs, scales, BLOCK=TILE)
+    return signs, scales

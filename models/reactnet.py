@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from models.binary import BinaryConv2d, Estimator, Precision, RPReLU, Shift, binarize_activation
+from models.binary import BinaryConv2d, Estimator, Precision, RPReLU, Shift, binarize_activation, on_signs
 from models.halfblock import HalfBlock, Residual, half_block
 
 # Output channels of the stem and the 13 blocks, as multiples of the stem's width (ReActNet, table of section 4).
@@ -73,33 +74,42 @@ class Block(nn.Module):
         halves = [norm(conv(z)) + h for conv, norm in zip(self.conv1x1, self.norm2, strict=True)]
         return self.act2(halves[0] if len(halves) == 1 else torch.cat(halves, dim=1))
 
-    def fused(self, stream: Tensor, sign: Tensor, threshold: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def fused(
+        self, stream: Tensor, sign: Tensor, weights: Sequence[tuple[Tensor, Tensor]], threshold: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         """The same in two passes over memory for each half (`models/halfblock.py`), in training mode.
 
         Args:
             stream: the block's input [B, C, H, W], channels_last.
             sign: its signs beyond `shift1`.
+            weights: of both halves, as `binary.on_signs` gives them.
             threshold: the next block's `shift1` [C'], None after the last block.
 
         Returns:
             The block's output and its signs for the next block.
         """
         residual: Residual = "pooled" if self.stride == 2 else "same"
-        half = _half([self.conv3x3], [self.norm1], self.act1, sign, stream, self.shift2.bias.flatten(), residual)
+        threshold2 = self.shift2.bias.flatten()
+        half = _half(self.conv3x3, weights[0], [self.norm1], self.act1, sign, stream, threshold2, residual)
         assert half.sign is not None
         residual = "same" if len(self.conv1x1) == 1 else "doubled"
         # Two convolutions of one input are one of twice the channels.
-        half = _half(self.conv1x1, self.norm2, self.act2, half.sign, half.stream, threshold, residual)
+        half = _half(self.conv1x1[0], weights[1], self.norm2, self.act2, half.sign, half.stream, threshold, residual)
         return half.stream, half.sign
 
 
 def _half(
-    convs: Any, norms: Any, act: RPReLU, sign: Tensor, stream: Tensor, threshold: Tensor | None, residual: Residual
+    conv: Any,
+    weights: tuple[Tensor, Tensor],
+    norms: Any,
+    act: RPReLU,
+    sign: Tensor,
+    stream: Tensor,
+    threshold: Tensor | None,
+    residual: Residual,
 ) -> HalfBlock:
-    weights, scales = zip(*(conv.on_signs() for conv in convs), strict=True)
-    weight, scale = torch.cat(weights), torch.cat(scales)
-    conv = convs[0]
-    c = F.conv2d(sign, weight.to(sign.dtype), stride=conv.stride, padding=conv.padding)
+    weight, scale = weights
+    c = F.conv2d(sign, weight, stride=conv.stride, padding=conv.padding)
     half = half_block(
         c,
         stream,
@@ -176,8 +186,10 @@ class ReActNet(nn.Module):
     def _fused(self, x: Tensor) -> Tensor:
         blocks: Any = list(self.blocks)
         sign: Any = binarize_activation(blocks[0].shift1(x), self.config.estimator)
-        for block, after in zip(blocks, [*blocks[1:], None], strict=True):
-            x, sign = block.fused(x, sign, after.shift1.bias.flatten() if after is not None else None)
+        weights = on_signs([group for block in blocks for group in ([block.conv3x3], [*block.conv1x1])], sign.dtype)
+        for number, (block, after) in enumerate(zip(blocks, [*blocks[1:], None], strict=True)):
+            threshold = after.shift1.bias.flatten() if after is not None else None
+            x, sign = block.fused(x, sign, weights[2 * number : 2 * number + 2], threshold)
         return x
 
     def pooled(self, x: Tensor) -> Tensor:
