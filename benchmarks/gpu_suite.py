@@ -25,7 +25,7 @@ from engine import bench_step
 from engine import recipe as recipes
 from engine.log import environment
 from models import halfblock
-from models.binary import BinaryConv2d
+from models.binary import BinaryConv2d, signs_and_scales
 from models.reactnet import Config, ReActNet
 
 
@@ -70,6 +70,56 @@ def exact_convolutions() -> dict[str, Any]:
         if not torch.equal(got.double(), F.conv2d(x.double(), w.double(), **options)):
             wrong.append(name)
     return {"shapes": len(shapes()), "not_equal": wrong}
+
+
+def convolutions(batch: int) -> dict[str, Any]:
+    """What cuDNN reaches of the product's ceiling in each binary convolution of the student."""
+    torch.backends.cudnn.benchmark = True
+    limits = bench_step.ceilings(torch.device("cuda"))
+    assert limits is not None
+    found = {}
+    for name, c_in, c_out, kernel, stride, side in shapes():
+        x = torch.randn(batch, c_in, side, side, device="cuda").sign().half().to(memory_format=torch.channels_last)
+        w = torch.randn(c_out, c_in, kernel, kernel, device="cuda").sign().half().to(memory_format=torch.channels_last)
+        found[name] = convolution_times(x, w, stride, limits["matmul_flops"], bench_step.device_seconds)
+    return found
+
+
+def convolution_times(
+    x: torch.Tensor, w: torch.Tensor, stride: int, ceiling: float, seconds_of: Callable[[Callable[[], Any]], float]
+) -> dict[str, float]:
+    """Microseconds of one convolution and of both its gradients, and their share of the ceiling."""
+    padding = w.shape[-1] // 2
+    y = F.conv2d(x, w, stride=stride, padding=padding)
+    grad = torch.randn_like(y)
+    one, two, no = [1, 1], [stride, stride], [0, 0]
+    pads, wanted = [padding, padding], [True, True, False]
+    backward = torch.ops.aten.convolution_backward
+    flops = 2 * y.numel() * w[0].numel()
+    forward_s = seconds_of(lambda: F.conv2d(x, w, stride=stride, padding=padding))
+    backward_s = seconds_of(lambda: backward(grad, x, w, None, two, pads, one, False, no, 1, wanted))
+    return {
+        "forward_us": 1e6 * forward_s,
+        "backward_us": 1e6 * backward_s,
+        "forward_of_matmul": flops / forward_s / ceiling,
+        "backward_of_matmul": 2 * flops / backward_s / ceiling,
+    }
+
+
+def weights() -> dict[str, Any]:
+    """The kernel of all binary weights against PyTorch, and its time beside theirs."""
+    from models import halfblock_triton as kernels
+
+    network = ReActNet(Config()).cuda().to(memory_format=torch.channels_last)
+    all_weights = [m.weight.detach() for m in network.modules() if isinstance(m, BinaryConv2d)]
+    signs, scales = kernels.weight_signs(all_weights, torch.float16)
+    wanted = signs_and_scales([weight.double() for weight in all_weights], torch.float16)  # float64: by PyTorch
+    assert torch.equal(signs, wanted[0]) and torch.allclose(scales.double(), wanted[1], rtol=1e-5)
+    return {
+        "kernel_us": 1e6 * bench_step.device_seconds(lambda: kernels.weight_signs(all_weights, torch.float16)),
+        "one_by_one_us": 1e6
+        * bench_step.device_seconds(lambda: [(w.sign().half(), w.abs().mean((1, 2, 3))) for w in all_weights]),
+    }
 
 
 def half_blocks() -> dict[str, Any]:
@@ -135,7 +185,27 @@ def step(recipe: str, micro_batch: int) -> dict[str, Any]:
     )  # fmt: skip
     result = bench_step.measure(loaded, "step", steps=10, rounds=4, warm_up=5)
     print(bench_step.table(result), flush=True)
+    if recipe == "burn_stage2.yaml":
+        _add_traffic(result)
     return result
+
+
+def _add_traffic(result: dict[str, Any]) -> None:
+    """Bytes that benchmarks/traffic.py counted for these graphs, and the bandwidth that they and the speed make."""
+    networks = json.loads((ROOT / "benchmarks" / "traffic.json").read_text())["networks"]
+    plain = "student, compiled", "teacher, teacher_bn train"
+    graphs = {
+        "compiled": plain,
+        "combo": tuple(f"{name}, combo kernels" for name in plain),
+        "fused": ("student, fused", plain[1]),
+        "fused, teacher_bn eval": ("student, fused", "teacher, teacher_bn eval"),
+    }
+    for arm, names in graphs.items():
+        counted = sum(networks[name]["mb"] for name in names)
+        speed = result["arms"][arm]["images_per_second"]
+        of_copy = 1e6 * counted * speed / result["ceilings"]["copy_bytes_per_second"]
+        result["arms"][arm] |= {"counted_mb_per_image": counted, "of_copy": of_copy}
+        print(f"{arm}: {counted:.0f} MB an image, {counted * speed / 1e6:.2f} TB/s, {100 * of_copy:.0f} % of the copy")
 
 
 def with_loader(images: Path | None) -> dict[str, Any]:
@@ -178,7 +248,9 @@ def main() -> int:
     sections: dict[str, Callable[[], Any]] = {
         "ceilings": lambda: bench_step.ceilings(torch.device("cuda")),
         "exact convolutions": exact_convolutions,
+        "convolutions": lambda: convolutions(arguments.micro_batch),
         "half blocks": half_blocks,
+        "weights": weights,
         "step, BURN stage 2": lambda: step("burn_stage2.yaml", arguments.micro_batch),
         "tests": tests,
         "with loader": lambda: with_loader(arguments.images),

@@ -92,9 +92,15 @@ def arms(recipe: Recipe, device: torch.device) -> list[Arm]:
         found.append(Arm("fused", what, variant(compile=True, channels_last=True, kernels="fused")))
     if getattr(recipe.method, "teacher_bn", None) == "train":
         method = recipe.method.model_copy(update={"teacher_bn": "eval"})
-        what = "and the teacher's own running statistics (other targets than the reference's)"
-        faster = variant(compile=True, channels_last=True, kernels="torch").model_copy(update={"method": method})
-        found.append(Arm("compiled, teacher_bn eval", what, faster, same_maths=False))
+        before = found[-1] if device.type == "cuda" else found[2]  # kernels are for GPUs
+        found.append(
+            Arm(
+                f"{before.name}, teacher_bn eval",
+                "and the teacher's own running statistics (other targets than the reference's)",
+                before.recipe.model_copy(update={"method": method}),
+                same_maths=False,
+            )
+        )
     return found
 
 
