@@ -6,6 +6,7 @@ Runs with torch alone; what needs DALI or images is skipped with its reason. Wit
 """
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -176,6 +177,38 @@ def _half_block(residual: str, channels: int, side: int, copy: float) -> dict[st
     return {name: {"us": 1e6 * seconds, "of_copy": moved / seconds / copy} for name, (seconds, moved) in times.items()}
 
 
+def tiles() -> dict[str, float]:
+    """Microseconds of the half-block's kernels by the size of their tiles, in two of its shapes: what to write into
+    models/halfblock_triton.py for this device."""
+    from models import halfblock_triton as kernels
+
+    found, chosen = {}, (kernels.TILE, kernels.ROWS)
+    for channels, side in ((128, 56), (512, 14)):
+        for kernels.TILE, kernels.ROWS in itertools.product((512, 1024, 2048), (256, 512, 1024)):
+            name = f"{channels} channels of {side}, TILE {kernels.TILE}, ROWS {kernels.ROWS}"
+            found[name] = 1e6 * _all_kernels(channels, side)
+    kernels.TILE, kernels.ROWS = chosen
+    return found
+
+
+def _all_kernels(channels: int, side: int) -> float:
+    from models import halfblock_triton as kernels
+
+    c, stream, grad_h, grad_s = (
+        torch.randn(256, channels, side, side, device="cuda").half().to(memory_format=torch.channels_last)
+        for _ in range(4)
+    )
+    vectors = [torch.rand(channels, device="cuda") for _ in range(7)]
+
+    def work() -> None:
+        kernels.statistics(c)
+        kernels.apply(c, stream, *vectors[:5], "same", True)
+        kernels.backward_sums(grad_h, grad_s, c, stream, *vectors, "same", "burn", True)
+        kernels.backward_input(grad_h, c, *vectors[:3])
+
+    return bench_step.device_seconds(work)
+
+
 def step(recipe: str, micro_batch: int) -> dict[str, Any]:
     """Every arm of the step benchmark, interleaved."""
     loaded = recipes.load(
@@ -253,6 +286,7 @@ def main() -> int:
         "weights": weights,
         "step, BURN stage 2": lambda: step("burn_stage2.yaml", arguments.micro_batch),
         "tests": tests,
+        "tiles": tiles,
         "with loader": lambda: with_loader(arguments.images),
         "step, BURN stage 1": lambda: step("burn_stage1.yaml", arguments.micro_batch),
     }

@@ -249,10 +249,10 @@ class _Timed(nn.Module):
 
 
 def watch(trainer: Trainer, phases: Phases) -> None:
-    """Put the clock into a trainer's step and, on one process, around the backbones of its method."""
+    """Put the clock into a trainer's step and around the backbones of its method."""
     trainer.mark = phases.mark
-    if trainer.model is not trainer.method or getattr(trainer.recipe.method, "trains", "all") not in ("all", "linear"):
-        return  # DDP owns the parts; or they are not called as a whole
+    if getattr(trainer.recipe.method, "trains", "all") not in ("all", "linear"):
+        return  # they are not called as a whole
     for name, part in list(trainer.method.named_modules()):
         if isinstance(part, backbones.Backbone):
             is_trained = any(parameter.requires_grad for parameter in part.parameters())
@@ -601,6 +601,8 @@ def table(result: dict[str, Any]) -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", *(f"{name}: {arm['what']}" for name, arm in result["arms"].items())]
+    foreseen = ", ".join(f"{gpu} {speed:,.0f}" for gpu, speed in result["predicted"].items())
+    lines += ["", f"predicted for the compiled step, images/s on one GPU (models/cost.py): {foreseen}"]
     if train := result.get("train"):
         speed = train["images_per_second"]
         lines += [

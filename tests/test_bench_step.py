@@ -105,10 +105,12 @@ def test_phases_cover_the_step(tmp_path, monkeypatch):
 
 
 def on_ranks(folder):
-    recipe = tiny("quick/supervised.yaml", folder, "data.micro_batch=4")
+    recipe = tiny("quick/burn_stage2.yaml", folder, "data.micro_batch=4")
     bench_step.arms = lambda recipe, device, arms=bench_step.arms: [a for a in arms(recipe, device) if a.name in EAGER]
     result = measure(recipe, "train", steps=1, rounds=2, warm_up=1)
     assert result["ranks"] == 2 and result["train"]["images_per_second"]["with_loader"] > 0
+    for arm in result["arms"].values():
+        assert {"load", "teacher", "student", "heads and loss", "backward", "optimizer"} <= set(arm["phases_ms"])
 
 
 def test_on_two_ranks(tmp_path):
