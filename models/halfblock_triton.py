@@ -53,7 +53,7 @@ def _residual(
 
 
 @triton.jit
-def _statistics_kernel(c_ptr, sum_ptr, square_ptr, M, C, ROWS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr):
+def _statistics_kernel(c_ptr, parts_ptr, M, C, ROWS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr):
     part = tl.program_id(0)
     cols = tl.program_id(1) * BC + tl.arange(0, BC)
     col_mask = cols < C
@@ -65,8 +65,9 @@ def _statistics_kernel(c_ptr, sum_ptr, square_ptr, M, C, ROWS: tl.constexpr, BM:
         c = tl.load(c_ptr + rows.to(tl.int64)[:, None] * C + cols[None, :], mask=mask, other=0.0).to(tl.float32)
         total += c
         square += c * c
-    tl.store(sum_ptr + part * C + cols, tl.sum(total, 0), mask=col_mask)
-    tl.store(square_ptr + part * C + cols, tl.sum(square, 0), mask=col_mask)
+    first = parts_ptr + part * C + cols
+    tl.store(first, tl.sum(total, 0), mask=col_mask)
+    tl.store(first + tl.num_programs(0) * C, tl.sum(square, 0), mask=col_mask)
 
 
 @triton.jit
@@ -210,7 +211,7 @@ def statistics(c: Tensor, wrap: Wrap = wrap_triton) -> tuple[Tensor, Tensor]:
     parts = triton.cdiv(rows, ROWS)
     sums = torch.empty(2, parts, channels, dtype=torch.float32, device=c.device)
     grid = (parts, triton.cdiv(channels, bc))
-    wrap(_statistics_kernel)[grid](c, sums[0], sums[1], rows, channels, ROWS=ROWS, BM=bm, BC=bc)
+    wrap(_statistics_kernel)[grid](c, sums, rows, channels, ROWS=ROWS, BM=bm, BC=bc)
     mean, square = sums.double().sum(dim=1).div(rows).unbind()
     return mean.float(), (square - mean * mean).clamp(min=0).float()
 

@@ -131,7 +131,6 @@ def _half(
         for norm, mean, variance in zip(norms, means, variances, strict=True):
             norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
             norm.running_var.lerp_(variance.to(norm.running_var.dtype), norm.momentum)
-            norm.num_batches_tracked += 1
     return half
 
 
@@ -190,6 +189,8 @@ class ReActNet(nn.Module):
         for number, (block, after) in enumerate(zip(blocks, [*blocks[1:], None], strict=True)):
             threshold = after.shift1.bias.flatten() if after is not None else None
             x, sign = block.fused(x, sign, weights[2 * number : 2 * number + 2], threshold)
+        counters = [b for name, b in self.blocks.named_buffers() if name.endswith("num_batches_tracked")]
+        torch._foreach_add_(counters, 1)
         return x
 
     def pooled(self, x: Tensor) -> Tensor:
