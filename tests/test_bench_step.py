@@ -10,7 +10,7 @@ from engine import bench_step, dist, report
 from engine.bench_step import NotEqual, Phases, Resident, arms, gate, measure, quantiles, table, trainer_of, verdict
 from models import cost, methods
 from models.binary import Shift
-from tests.conftest import run_ranks, tiny
+from tests.conftest import ROOT, run_ranks, tiny, tiny_overrides, train_main
 
 CPU = torch.device("cpu")
 EAGER = ("reference", "eager")
@@ -125,6 +125,22 @@ def test_with_the_loader(tmp_path, monkeypatch):
     assert "none: a CPU" in result["verdict"] and "loader synthetic" in table(result)
 
 
+def test_the_command_prints_keeps_and_draws(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench_step, "arms", eager_arms)
+    monkeypatch.setattr(bench_step, "measure", lambda *a: measure(*a, steps=1, rounds=2, warm_up=1))
+    overrides = tiny_overrides(ROOT / "recipes/quick/burn_stage2.yaml", tmp_path)
+    files = ["--json", str(tmp_path / "step.json"), "--figure", str(tmp_path / "step.png")]
+    command = [str(ROOT / "recipes/quick/burn_stage2.yaml"), *overrides, "--benchmark"]
+    with pytest.raises(SystemExit) as left:
+        train_main(*command, "step", *files)
+    assert left.value.code == 0 and "predicted for the compiled step" in capsys.readouterr().out
+    assert set(json.loads((tmp_path / "step.json").read_text())["arms"]) == set(EAGER)
+    assert (tmp_path / "step.png").stat().st_size > 5000
+    with pytest.raises(SystemExit) as left:
+        train_main(*command, "loader", *files)
+    assert left.value.code == 2 and "--figure draws what" in capsys.readouterr().err
+
+
 def test_phases_add_up():
     phases = Phases(CPU)
     for _ in range(2):
@@ -169,7 +185,6 @@ def burn():
     from pathlib import Path
 
     from engine import recipe as recipes
-    from tests.conftest import ROOT
 
     recipe = recipes.load(Path(ROOT / "recipes/burn_stage2.yaml"))
     return recipe, methods.on_meta(recipe.method)

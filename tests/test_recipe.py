@@ -114,6 +114,7 @@ def setter(path, value):
         ("schedules.lr", {"shape": "step", "start": 1}, "schedules.lr: milestones: expected with shape: step"),
         ("run.duration", "0it", "run.duration: expected more than nothing"),
         ("run.log_every", "0ep", "run.log_every: expected more than nothing"),
+        ("run.compile_options", {"combo_kernel": True}, "compile_options.combo_kernel: no setting of torch._inductor"),
         ("optim.betas", [5.0, 2.0], "optim.betas.0: expected less than 1"),
         ("optim.nesterov", True, "nesterov: true needs name: sgd"),
         ("data.std", [0, 1, 1], "data.std.0: expected greater than 0"),
@@ -244,6 +245,7 @@ def test_base_and_overrides(tmp_path):
         ("data.views.7.size=3", "expected a place from 0 to 1"),
         ("run.kep=3", "run.kep: unknown key, did you mean 'keep'?"),
         ("run.keep.deeper=3", "run.keep"),
+        ("run={duration: 1ep, compile_options: {combo_kernels: true}}", "compile_options: expected compile: true"),
     ],
 )
 def test_bad_overrides(override, expected):
