@@ -1,4 +1,4 @@
-"""Colour augmentation of a batch: the one implementation, for every back end and device.
+"""Color augmentation of a batch: the one implementation, for every back end and device.
 
 Operators are torchvision's on float images (`torchvision.transforms.functional`), batched, each image with its
 own parameters and its own order of the jitter. On a GPU the whole batch goes through a frame without a branch,
@@ -51,7 +51,7 @@ def augment_batch(
     alone: bool = False,
     together: Callable[..., Tensor] | None = None,
 ) -> Tensor:
-    """Jitter, grayscale, blur, solarise and normalise a batch.
+    """Jitter, grayscale, blur, solarize and normalize a batch.
 
     Args:
         images: uint8 [B, H, W, 3].
@@ -74,14 +74,14 @@ def augment_batch(
     x = _to_float(images)
     for image, drawn in zip(x, color.tolist(), strict=True):
         _augment_one(image, drawn, radius)
-    return _normalise(x, mean, std)
+    return _normalize(x, mean, std)
 
 
 def _to_float(images: Tensor) -> Tensor:
     return images.permute(0, 3, 1, 2).float().div_(255)  # channels_last by its strides
 
 
-def _normalise(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+def _normalize(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return x.sub_(mean[:, None, None]).div_(std[:, None, None])
 
 
@@ -104,7 +104,7 @@ def _together(
         x = _blur(x, color[:, SIGMA], radius)
     if solarize:
         x = torch.where(x >= color[:, SOLARIZE, None, None, None], 1 - x, x)
-    return _normalise(x, mean, std)
+    return _normalize(x, mean, std)
 
 
 def _augment_one(image: Tensor, drawn: list[float], radius: int) -> None:
@@ -136,7 +136,7 @@ def _augment_one(image: Tensor, drawn: list[float], radius: int) -> None:
 
 
 def to_pixels(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Normalised images [B, 3, H, W] as pixels again, uint8 [B, H, W, 3]: to be looked at."""
+    """Normalized images [B, 3, H, W] as pixels again, uint8 [B, H, W, 3]: to be looked at."""
     scale, shift = (torch.tensor(tuple(values), device=x.device)[:, None, None] for values in (std, mean))
     return ((x * scale + shift) * 255).clamp(0, 255).round().to(torch.uint8).permute(0, 2, 3, 1)
 

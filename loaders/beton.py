@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -18,7 +17,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-RAW = b"RAW"  # format of an image whose bytes are its pixels, [height, width, 3]
+from loaders.errors import DataError
+from loaders.files import aside
+
 _VERSION = 2
 _HEADER = np.dtype(
     [("version", "<u2"), ("num_fields", "<u2"), ("page_size", "<u4"), ("num_samples", "<u8"), ("table", "<u8")],
@@ -33,10 +34,6 @@ _JPEG_MODE, _RAW_MODE = 0, 1
 PAGE_SIZES = (1 << 21, 1 << 31)  # what FFCV accepts
 MAX_SIDE = 65535  # of an image, in the record
 MAX_CLASSES = 1_000_000  # more are an error of whoever wrote the labels
-
-
-class DataError(ValueError):
-    """Data that cannot be used; one line that names the path, what was expected and what to do."""
 
 
 class Beton(NamedTuple):
@@ -59,14 +56,14 @@ def manifest_path(path: Path) -> Path:
 
 
 def read(path: Path) -> Beton:
-    """Read the records of a file, and check them against its size and its manifest.
+    """Read the records of a file and check them against its size and its manifest.
 
     Raises:
         DataError: it is not a whole `.beton` with an image and an integer label, or not the one of its manifest.
     """
     try:
         with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
+            size = path.stat().st_size
             header, image, label, table = _records(file, size)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
@@ -197,34 +194,26 @@ def write(path: Path, samples: Iterable[Sample], *, at_most: int, page_size: int
         DataError: a sample is larger than a page.
         OSError: it cannot be written; nothing is left of it.
     """
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(aside, "wb") as file:
-            writer = _Writer(file, at_most, page_size)
-            for sample in samples:
-                writer.add(sample)
-            writer.finish()
-            file.flush()
-            os.fsync(file.fileno())
-        manifest = {
-            "format": "beton 2",
-            **facts,
-            "count": writer.count,
-            "bytes": aside.stat().st_size,
-            "page_size": page_size,
-            "first_page": writer.first_page,
-            "pages_crc32": writer.checksums,
-        }
-        manifest["records_sha256"] = _records_digest(aside, manifest)
-        beside = manifest_path(path)
-        text = json.dumps(manifest)
-        beside_aside = beside.with_name(f".{beside.name}.{os.getpid()}.part")
-        beside_aside.write_text(text, encoding="utf-8")
-        beside.unlink(missing_ok=True)  # an old manifest beside the new file would be a lie
-        os.replace(aside, path)
-        os.replace(beside_aside, beside)
-    finally:
-        aside.unlink(missing_ok=True)
+    beside = manifest_path(path)
+    with aside(beside) as manifest_out:
+        with aside(path, durable=True) as out:
+            with open(out.part, "wb") as file:
+                writer = _Writer(file, at_most, page_size)
+                for sample in samples:
+                    writer.add(sample)
+                writer.finish()
+            manifest = {
+                "format": "beton 2",
+                **facts,
+                "count": writer.count,
+                "bytes": out.part.stat().st_size,
+                "page_size": page_size,
+                "first_page": writer.first_page,
+                "pages_crc32": writer.checksums,
+            }
+            manifest["records_sha256"] = _records_digest(out.part, manifest)
+            manifest_out.part.write_text(json.dumps(manifest), encoding="utf-8")
+            beside.unlink(missing_ok=True)  # an old manifest beside the new file would be a lie
     return writer.count
 
 

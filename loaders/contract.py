@@ -1,14 +1,11 @@
-"""What a back end has to offer, and what it hands over.
+"""What a back end offers, and what it hands over.
 
-A back end is a file `loaders/<name>_loader.py` with `class Options(contract.Options)` and
-
-    def open(stream, positions, *, replace, workers, device, options) -> Iterator[HostBatch]
-
-which yields one `HostBatch` for each list of positions that `positions` gives, in that order, and `missing() -> str`,
-which says what this machine lacks for it. It draws nothing: which image, which window, which flip and which colours
-come from `stream.plan(positions)`. Crops come back as uint8, flipped where that was drawn, without colour. An image
-that cannot be decoded gives way to its successor in the stream (`replace`), or is left out, and is listed. Closing
-the iterator (if it has a `close`) frees threads, processes and memory.
+A back end is a file `loaders/<name>_loader.py` with a class `Options(contract.Options)`: its fields are `data.options`
+of a recipe, its methods are all that the rest of the project knows of it. `batches` does the work; everything else has
+a default. A back end draws nothing: which image, which window, which flip and which colors come from
+`stream.plan(positions)`. Crops come back as uint8, flipped where that was drawn, without color. An image that cannot be
+decoded gives way to its successor in the stream (`Order.replace`) or is left out, and is listed. Closing the iterator
+(if it has a `close`) frees threads, processes and memory.
 """
 
 from __future__ import annotations
@@ -16,29 +13,95 @@ from __future__ import annotations
 import math
 import sys
 import threading
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from loaders.sampler import NUM_COLOR, Stream
-from loaders.views import View, groups
+from loaders.config import Strict
+from loaders.index import Index
+from loaders.sampler import Stream
+from loaders.views import View
 
 
-class Options(BaseModel):
-    """Base of the back ends' own options."""
+@dataclass(frozen=True)
+class Order:
+    """What a back end is asked for."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    stream: Stream
+    """What to cut from which image."""
+    positions: Iterable[list[int]]
+    """The positions of each batch; need not end."""
+    replace: bool
+    """Put the successor in the stream in the place of an image that cannot be decoded; otherwise leave it out."""
+    workers: int
+    """Threads or processes that may decode; 0 asks for none beside this one, where that is possible."""
+    device: torch.device
+    """Where the crops will be used; those of a back end that decodes on the host stay there."""
+
+
+class Options(Strict):
+    """Base of the back ends' own classes: `data.options`, and what the project asks a back end."""
+
+    reads_files: ClassVar[bool] = True
+    """Whether its images are those that `data.train` names, so that all such back ends can stand in for each other."""
+
+    @classmethod
+    def missing(cls) -> str:
+        """What this machine lacks for the back end and what to do, or ""."""
+        return ""
+
+    @classmethod
+    def refuses(cls, root: Path) -> str:
+        """Why it cannot read the data set at `root` and what to do, or ""."""
+        return ""
+
+    @classmethod
+    def preference(cls, on_gpu: bool, root: Path | None) -> int:
+        """How much `data.backend: auto` wants it, on a machine with or without a GPU, for the data set at `root`;
+        with 0 it has to be named."""
+        return 0
+
+    @classmethod
+    def about(cls) -> str:
+        """What works here, in a few words, for `tools/doctor.py`."""
+        return "works"
+
+    @classmethod
+    def versions(cls) -> dict[str, str]:
+        """Versions of the libraries that its pixels depend on, by name."""
+        return {}
+
+    def open_index(self, split: Literal["train", "val"]) -> Index:
+        """The data set of a back end that reads no files."""
+        raise NotImplementedError
+
+    def warnings(self, views: tuple[View, ...], micro_batch: int, workers: int) -> list[str]:
+        """What may go wrong on this machine though nothing is missing, each with what to do.
+
+        Args:
+            workers: of all ranks of this machine.
+        """
+        return []
+
+    def batches(self, order: Order) -> Iterator[HostBatch]:
+        """One `HostBatch` for each list of `order.positions`, in that order.
+
+        Raises:
+            DataError: the machine or the data set does not allow it.
+        """
+        raise NotImplementedError
 
 
 class HostBatch(NamedTuple):
     """One micro-batch as a back end hands it over; tensors on the host unless the back end decodes on a GPU."""
 
-    crops: list[Tensor]  # G x uint8 [k, B, size, size, 3]: views of one size together, see `views.groups`
+    crops: list[Tensor]  # G x uint8 [k, B, size, size, 3]: the views of a group together, see `Stream.groups`
     color: Tensor  # float32 [B, V, NUM_COLOR]
     label: Tensor  # int64 [B]
     rows: Tensor  # int64 [B], rows of the index
@@ -53,35 +116,34 @@ class HostBatch(NamedTuple):
         crops: list[Tensor],
         bad: list[tuple[str, str]],
     ) -> HostBatch:
-        """Build from rows of the index."""
-        return cls(
-            crops=crops,
-            color=torch.from_numpy(color.reshape(len(image), len(stream.views), NUM_COLOR)),
-            label=torch.from_numpy(stream.index.label[image]),
-            rows=torch.from_numpy(image),
-            bad=bad,
-        )
+        """Build from rows of the index [B] and their colors [B, V, NUM_COLOR]."""
+        label = torch.from_numpy(stream.index.label[image])
+        return cls(crops, torch.from_numpy(color), label, torch.from_numpy(image), bad)
 
 
-class Room:
+class CropMemory:
     """Memory for the crops of one batch after another.
 
     Fresh memory costs a page fault for every 4 KiB, more than the crops themselves; so what nobody holds any more is
     used again. A tensor of it that is held, by anyone and however long, is never touched.
     """
 
-    def __init__(self, views: Sequence[View], *, pinned: bool = False) -> None:
-        self._views, self._pinned = tuple(views), pinned
+    def __init__(self, stream: Stream, *, pinned: bool = False) -> None:
+        self._groups = [(len(group), stream.views[group[0]].size) for group in stream.groups]
+        self._pinned = pinned
         self._buffers: dict[int, list[NDArray[np.uint8]]] = {}  # by bytes
         self._lock = threading.Lock()
 
+    def shapes(self, count: int) -> list[tuple[int, ...]]:
+        """G shapes (k, count, size, size, 3) of the crops of `count` images."""
+        return [(views, count, size, size, 3) for views, size in self._groups]
+
     def crops(self, count: int) -> list[Tensor]:
-        """Room for `count` images: G x uint8 [k, count, size, size, 3], not initialised."""
-        shapes = [(len(group), count, *(self._views[group[0]].size,) * 2, 3) for group in groups(self._views)]
+        """Memory for `count` images: G x uint8 [k, count, size, size, 3], not initialized."""
         if self._pinned:  # torch keeps pinned memory itself
-            return [torch.empty(shape, dtype=torch.uint8, pin_memory=True) for shape in shapes]
+            return [torch.empty(shape, dtype=torch.uint8, pin_memory=True) for shape in self.shapes(count)]
         with self._lock:
-            return [torch.from_numpy(self._free(math.prod(shape))).view(shape) for shape in shapes]
+            return [torch.from_numpy(self._free(math.prod(shape))).view(shape) for shape in self.shapes(count)]
 
     def _free(self, size: int) -> NDArray[np.uint8]:
         buffers = self._buffers.setdefault(size, [])

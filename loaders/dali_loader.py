@@ -6,30 +6,32 @@ its own. An image that DALI cannot decode is decoded, or replaced, on the host l
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from importlib import metadata
 from itertools import islice
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
-from loaders.contract import HostBatch, Room
-from loaders.contract import Options as BaseOptions
-from loaders.folder_loader import Row, gather, load_row
-from loaders.index import BadImage, DataError, Index
-from loaders.sampler import FLIP, Plan, Stream
-from loaders.views import groups
+from loaders import contract
+from loaders.contract import CropMemory, HostBatch, Order
+from loaders.errors import BadImage, DataError
+from loaders.host import Sample, gather, load_row
+from loaders.index import Index
+from loaders.sampler import Plan, Stream
 
 # Formats (as Pillow names them) that DALI is given. Others are decoded on the host: DALI 2.4 does not always survive
 # an unknown one, it was seen to end the process at a GIF.
 _FORMATS = [b"JPEG", b"MPO", b"PNG", b"BMP", b"TIFF", b"PPM", b"WEBP"]
 
 
-class Options(BaseOptions):
+class Options(contract.Options):
     """`data.options` of this back end."""
 
     prefetch: int = Field(default=2, ge=1)
@@ -37,36 +39,43 @@ class Options(BaseOptions):
     hw_decoder_load: float = Field(default=0.9, ge=0, le=1)
     """GPU only: share of a batch that the hardware JPEG decoder takes, where the GPU has one."""
 
+    @classmethod
+    def missing(cls) -> str:
+        """DALI is optional."""
+        try:
+            import nvidia.dali  # noqa: F401
+        except ImportError as error:
+            return (
+                f"dali needs NVIDIA DALI, which is not installed ({error}); run `pip install nvidia-dali-cuda120` "
+                "(nvidia-dali-cuda130 for CUDA 13), or set data.backend=folder"
+            )
+        return ""
 
-def open(
-    stream: Stream,
-    positions: Iterable[list[int]],
-    *,
-    replace: bool,
-    workers: int,
-    device: torch.device,
-    options: Options,
-) -> Iterator[HostBatch]:
-    """See `loaders.contract`.
+    @classmethod
+    def preference(cls, on_gpu: bool, root: Path | None) -> int:
+        """The first choice where a GPU decodes."""
+        return 3 if on_gpu else 0
 
-    Raises:
-        DataError: DALI is not installed.
-    """
-    if problem := missing():
-        raise DataError(problem)
-    return _Batches(stream, positions, replace, max(workers, 1), device, options)
+    @classmethod
+    def about(cls) -> str:
+        """Whether it runs on each device."""
+        devices = {"CPU": None, **({"GPU": 0} if torch.cuda.is_available() else {})}
+        return ", ".join(f"on the {name} {try_device(device)}" for name, device in devices.items())
 
+    @classmethod
+    def versions(cls) -> dict[str, str]:
+        """Of the wheels of DALI that are installed."""
+        versions = {}
+        for package in ("nvidia-dali-cuda120", "nvidia-dali-cuda130"):
+            with contextlib.suppress(metadata.PackageNotFoundError):
+                versions[package] = metadata.version(package)
+        return versions
 
-def missing() -> str:
-    """What this machine lacks for the back end and what to do, or ""."""
-    try:
-        import nvidia.dali  # noqa: F401
-    except ImportError as error:
-        return (
-            f"data.backend: dali needs NVIDIA DALI, which is not installed ({error}); run `pip install "
-            "nvidia-dali-cuda120` (nvidia-dali-cuda130 for CUDA 13), or set data.backend=folder"
-        )
-    return ""
+    def batches(self, order: Order) -> Iterator[HostBatch]:
+        """See `contract.Options`."""
+        if problem := self.missing():
+            raise DataError(f"data.backend: {problem}")
+        return _Batches(order, self)
 
 
 def try_device(device_id: int | None) -> str:
@@ -92,23 +101,16 @@ class _Work(NamedTuple):
 
 
 class _Batches:
-    def __init__(
-        self,
-        stream: Stream,
-        positions: Iterable[list[int]],
-        replace: bool,
-        workers: int,
-        device: torch.device,
-        options: Options,
-    ) -> None:
-        self.stream, self.replace, self.workers = stream, replace, workers
-        self.device, self.options = device, options
-        self._positions, self._room = iter(positions), Room(stream.views)
+    def __init__(self, order: Order, options: Options) -> None:
+        self.stream, self.replace, self.workers = order.stream, order.replace, max(order.workers, 1)
+        self.device, self.options = order.device, options
+        self._positions, self._memory = iter(order.positions), CropMemory(order.stream)
         self._fed: deque[_Work] = deque()
         # What becomes of a row does not depend on when its image was found bad: the whole batch is then done
         # again without it, so a resumed run gets the same pixels.
-        foreign = np.flatnonzero(~np.isin(stream.index.format, _FORMATS))
-        self._host_only = {*stream.index.problems, *foreign.tolist()}
+        index = self.stream.index
+        foreign = np.flatnonzero(~np.isin(index.format, _FORMATS))
+        self._host_only = {*index.problems, *foreign.tolist()}
         self._pipeline: Any = None
         self._batch_size = 0
 
@@ -116,8 +118,8 @@ class _Batches:
         return self
 
     def __next__(self) -> HostBatch:
-        room = self.options.prefetch + 1 - len(self._fed)
-        self._feed([self._plan(chunk) for chunk in islice(self._positions, room)])
+        wanted = self.options.prefetch + 1 - len(self._fed)
+        self._feed([self._plan(positions) for positions in islice(self._positions, wanted)])
         if not self._fed:
             raise StopIteration
         while True:
@@ -138,10 +140,10 @@ class _Batches:
         self._pipeline = None
         self._fed.clear()
 
-    def _plan(self, chunk: list[int]) -> _Work:
-        plan = self.stream.plan(chunk)
+    def _plan(self, positions: list[int]) -> _Work:
+        plan = self.stream.plan(positions)
         rows = [row for row, image in enumerate(plan.image.tolist()) if image not in self._host_only]
-        return _Work(chunk, plan, rows)
+        return _Work(positions, plan, rows)
 
     def _feed(self, works: list[_Work]) -> None:
         self._fed.extend(works)
@@ -179,7 +181,7 @@ class _Batches:
                 content = fn.io.file.read(content)  # the content of what is fed is a path
             # As the reference decodes: EXIF orientation is not applied. Fancy upsampling makes the GPU's decoder
             # agree with libjpeg-turbo, which always does it.
-            width, height = self._room_for()
+            width, height = self._usual_size()
             gpu_options = {
                 "hw_decoder_load": self.options.hw_decoder_load,
                 "jpeg_fancy_upsampling": True,
@@ -222,8 +224,8 @@ class _Batches:
         pipeline.build()
         return pipeline
 
-    def _room_for(self) -> tuple[int, int]:
-        """Width and height that the GPU's decoders make room for at the start: without it their memory creeps up with
+    def _usual_size(self) -> tuple[int, int]:
+        """Width and height that the GPU's decoders allocate for at the start: without it their memory creeps up with
         each larger image until there is none. A few giants are left out of the count."""
         index = self.stream.index
         return tuple(int(np.quantile(sides, 0.999)) for sides in (index.width, index.height))  # type: ignore[return-value]
@@ -236,14 +238,14 @@ class _Batches:
         *outputs, shapes = self._pipeline.share_outputs(cuda_stream=stream)
         count = len(work.rows)
         if on_gpu:
-            shapes = [(len(g), count, *(self.stream.views[g[0]].size,) * 2, 3) for g in groups(self.stream.views)]
-            crops = [torch.empty(shape, dtype=torch.uint8, device=self.device) for shape in shapes]
+            crop_shapes = self._memory.shapes(count)
+            crops = [torch.empty(shape, dtype=torch.uint8, device=self.device) for shape in crop_shapes]
         else:
-            crops = self._room.crops(count)
-        places = [place for crop in crops for place in crop]
-        for place, output in zip(places, outputs, strict=True):
+            crops = self._memory.crops(count)
+        of_views = [view for crop in crops for view in crop]
+        for view, output in zip(of_views, outputs, strict=True):
             # A copy, though DALI says that its buffers outlive their release: not past the end of their pipeline.
-            place.copy_(torch.from_dlpack(output.as_tensor()))
+            view.copy_(torch.from_dlpack(output.as_tensor()))
         sizes = np.array(shapes.as_tensor())[:, :2]  # [rows, 2]: height, width
         self._pipeline.release_outputs()
         images = work.plan.image[work.rows]
@@ -278,16 +280,16 @@ class _Batches:
         if len(work.rows) == len(work.positions):
             return HostBatch.of(stream, plan.image, plan.color, crops, [])
         bad: list[tuple[str, str]] = []
-        done = {row: place for place, row in enumerate(work.rows)}
-        cells = [(group, place) for group, views in enumerate(groups(stream.views)) for place in range(len(views))]
-        rows: list[Row] = []
+        done = {row: number for number, row in enumerate(work.rows)}
+        of_views = [view for crop in crops for view in crop]  # V x [rows, size, size, 3]
+        samples: list[Sample] = []
         for row, position in enumerate(work.positions):
             if row in done:
-                cuts = [crops[group][place, done[row]] for group, place in cells]
-                rows.append((int(plan.image[row]), plan.color[row], cuts))
+                cuts = [view[done[row]] for view in of_views]
+                samples.append(Sample(int(plan.image[row]), plan.color[row], cuts))
             elif sample := load_row(stream, plan, row, position, replace=self.replace, bad=bad):
-                rows.append(sample)
-        batch = gather(stream, rows, bad)
+                samples.append(sample)
+        batch = gather(stream, samples, bad)
         return batch._replace(crops=[crop.to(self.device) for crop in batch.crops])
 
 
@@ -302,30 +304,18 @@ def _feed(pipeline: Any, stream: Stream, plan: Plan, rows: list[int]) -> None:
     else:
         content = [_content(index, image) for image in images]
     pipeline.feed_input("content", [np.frombuffer(item, dtype=np.uint8) for item in content])
-    start, end = _decoded(stream, plan, rows)
+    # Only what the windows can see is decoded.
+    sees = plan.sees[rows].astype(np.int32)  # [rows, V, 4]
+    start, end = sees[:, :, :2].min(axis=1), sees[:, :, 2:].max(axis=1)
     pipeline.feed_input("start", start)
     pipeline.feed_input("end", end)
     for number in range(len(stream.views)):
         window = plan.windows[rows, number]  # [rows, 4]: top, left, height, width
         first, last = window[:, :2] - start, window[:, :2] + window[:, 2:] - start
-        flips = plan.color[rows, number, FLIP] > 0
+        flips = plan.flip[rows, number]
         first[flips, 1], last[flips, 1] = last[flips, 1], first[flips, 1]
         pipeline.feed_input(f"start{number}", first.astype(np.float32))
         pipeline.feed_input(f"end{number}", last.astype(np.float32))
-
-
-def _decoded(stream: Stream, plan: Plan, rows: list[int]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """First and one past the last (row, column) of each image that the windows can see, [rows, 2] each. A random
-    crop sees its window; a centre crop is a part of the resized image, whose filter also sees what is around it."""
-    images = plan.image[rows]
-    sides = np.stack((stream.index.height[images], stream.index.width[images]), axis=1)[:, None]  # [rows, 1, 2]
-    windows = plan.windows[rows]  # [rows, V, 4]
-    size = np.array([view.size for view in stream.views])[:, None]
-    around = np.array([2.0 * (view.crop == "center") for view in stream.views])[:, None]
-    margin = around * (np.maximum(windows[:, :, 2:] / size, 1) + 1)
-    start = np.floor(np.maximum(windows[:, :, :2] - margin, 0)).min(axis=1)
-    end = np.ceil(np.minimum(windows[:, :, :2] + windows[:, :, 2:] + margin, sides)).max(axis=1)
-    return start.astype(np.int32), end.astype(np.int32)
 
 
 def _content(index: Index, image: int) -> bytes:

@@ -8,29 +8,30 @@ every other back end, first batch at once. Without the compiled core each image 
 from __future__ import annotations
 
 import ctypes
+import importlib
 import mmap
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from pydantic import Field
 
-from loaders import folder_loader, turbo
-from loaders.contract import HostBatch
-from loaders.contract import Options as BaseOptions
-from loaders.index import DataError, Index
-from loaders.sampler import Stream
+from loaders import contract, folder_loader, turbo
+from loaders.contract import HostBatch, Order
+from loaders.errors import DataError
+from loaders.index import Index
+from loaders.machine import memory
 
-_BLOCK = 4096  # bytes; places and lengths of direct reads are multiples of it
+_BLOCK = 4096  # bytes; offsets and lengths of direct reads are multiples of it
 HOW_TO_INSTALL = "run `apt-get install gcc g++ pkg-config libturbojpeg0-dev libopencv-dev` and then `pip install ffcv`"
 """FFCV itself is needed for nothing here but comparisons; it has no wheels."""
 
 
-class Options(BaseOptions):
+class Options(contract.Options):
     """`data.options` of this back end."""
 
     strategy: Literal["page_cache", "ram", "direct"] = "page_cache"
@@ -39,52 +40,43 @@ class Options(BaseOptions):
     prefetch: int = Field(default=2, ge=1)
     """Micro-batches that are worked on ahead of the one in use."""
 
-
-def missing() -> str:
-    """Nothing: this back end runs everywhere."""
-    return ""
-
-
-def open(
-    stream: Stream,
-    positions: Iterable[list[int]],
-    *,
-    replace: bool,
-    workers: int,
-    device: torch.device,
-    options: Options,
-) -> Iterator[HostBatch]:
-    """See `loaders.contract`.
-
-    Raises:
-        DataError: the data set is no `.beton` file, or the machine cannot hold or read it as asked.
-    """
-    index = stream.index
-    if index.root.suffix != ".beton":
-        raise DataError(
-            f"{index.root}: data.backend=ffcv needs a .beton file; make one with tools/convert_imagenet_to_ffcv.py, or "
-            "set data.backend=turbo"
+    @classmethod
+    def refuses(cls, root: Path) -> str:
+        """It reads one kind of file."""
+        if root.suffix == ".beton":
+            return ""
+        return (
+            f"{root}: data.backend=ffcv needs a .beton file; make one with tools/convert_imagenet_to_ffcv.py, or set "
+            "data.backend=turbo"
         )
-    if turbo.why_missing():
-        return folder_loader.open(
-            stream,
-            positions,
-            replace=replace,
-            workers=workers,
-            device=device,
-            options=folder_loader.Options(prefetch=options.prefetch),
+
+    @classmethod
+    def preference(cls, on_gpu: bool, root: Path | None) -> int:
+        """The first choice for the files it is made for."""
+        return 4 if root is not None and not cls.refuses(root) else 0
+
+    @classmethod
+    def about(cls) -> str:
+        """What works, and whether FFCV itself is there to compare with."""
+        ours = "works, reads and writes .beton" + (
+            " (slowly, without the compiled core)" if turbo.why_missing() else ""
         )
-    memory = _Direct(index) if options.strategy == "direct" else _Mapped(index, hold=options.strategy == "ram")
-    return turbo.Batches(
-        stream,
-        positions,
-        replace=replace,
-        workers=workers,
-        device=device,
-        prefetch=options.prefetch,
-        memory=memory,
-        on_close=memory.close,
-    )
+        try:
+            importlib.import_module("ffcv")
+        except Exception as error:  # its imports fail in many ways
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
+            return f"{ours}; the FFCV package is not needed and not usable ({reason}): {HOW_TO_INSTALL}"
+        return f"{ours}; the FFCV package is here too ({metadata.version('ffcv')})"
+
+    def batches(self, order: Order) -> Iterator[HostBatch]:
+        """See `contract.Options`."""
+        index = order.stream.index
+        if problem := self.refuses(index.root):
+            raise DataError(problem)
+        if turbo.why_missing():
+            return folder_loader.Options(prefetch=self.prefetch).batches(order)
+        source = _Direct(index) if self.strategy == "direct" else _Mapped(index, hold=self.strategy == "ram")
+        return turbo.Batches(order, prefetch=self.prefetch, source=source, on_close=source.close)
 
 
 class _Mapped:
@@ -96,9 +88,9 @@ class _Mapped:
         file = os.open(index.pieces.files[0], os.O_RDONLY)
         try:
             size = os.fstat(file).st_size
-            if hold and size > (room := _available_bytes()):
+            if hold and size > (free := memory()["MemAvailable"]):
                 raise DataError(
-                    f"data.options.strategy: ram needs {size / 2**30:.1f} GiB for {index.root}, {room / 2**30:.1f} are "
+                    f"data.options.strategy: ram needs {size / 2**30:.1f} GiB for {index.root}, {free / 2**30:.1f} are "
                     "free; set data.options.strategy=page_cache"
                 )
             # Shared, so that the pages are the page cache's own: one copy, however many ranks.
@@ -152,8 +144,3 @@ class _Direct:
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
-
-
-def _available_bytes() -> int:
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))

@@ -5,63 +5,64 @@ Runs everywhere, needs nothing to be built, and is what the other back ends are 
 
 from __future__ import annotations
 
+import shutil
 import signal
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
 from pydantic import Field
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2 import functional as F
+from torch.utils.data import DataLoader, Dataset
 
-from loaders.contract import HostBatch, Room
-from loaders.contract import Options as BaseOptions
-from loaders.index import BadImage, DataError
-from loaders.sampler import FLIP, Plan, Stream, resized_sides
-from loaders.views import View, groups
-
-_MODES = {"bilinear": InterpolationMode.BILINEAR, "bicubic": InterpolationMode.BICUBIC}
-MAX_SUCCESSORS = 100
+from loaders import contract
+from loaders.contract import HostBatch, Order
+from loaders.errors import DataError
+from loaders.host import load_batch
+from loaders.sampler import Stream
+from loaders.views import View
 
 
-def missing() -> str:
-    """Nothing: this back end runs everywhere."""
-    return ""
-
-
-class Options(BaseOptions):
+class Options(contract.Options):
     """`data.options` of this back end."""
 
     prefetch: int = Field(default=3, ge=1)
     """Micro-batches that each worker holds ready."""
 
+    @classmethod
+    def preference(cls, on_gpu: bool, root: Path | None) -> int:
+        """Where nothing faster is there."""
+        return 1
 
-def open(
-    stream: Stream,
-    positions: Iterable[list[int]],
-    *,
-    replace: bool,
-    workers: int,
-    device: torch.device,
-    options: Options,
-) -> Iterator[HostBatch]:
-    """See `loaders.contract`."""
-    loader: DataLoader[Any] = DataLoader(
-        _Positions(stream, replace),
-        batch_sampler=positions,  # any iterable of lists will do, it need not end
-        num_workers=workers,
-        collate_fn=_same,
-        worker_init_fn=_ignore_signals,
-        prefetch_factor=options.prefetch if workers else None,
-        pin_memory=device.type == "cuda",
-        # Workers only read and decode: they start by fork, so that the index is shared and not copied.
-        multiprocessing_context="fork" if workers else None,
-    )
-    return _Batches(loader)
+    @classmethod
+    def about(cls) -> str:
+        """It always works."""
+        return "works: torchvision's decoders"
+
+    def warnings(self, views: tuple[View, ...], micro_batch: int, workers: int) -> list[str]:
+        """Batches go through shared memory, of which containers have little."""
+        needed = workers * (self.prefetch + 1) * micro_batch * sum(3 * view.size**2 for view in views)
+        free = shutil.disk_usage("/dev/shm").free
+        if needed <= free:
+            return []
+        return [
+            f"/dev/shm has {free / 2**20:.0f} MiB free, the {workers} workers may need {needed / 2**20:.0f} and would "
+            "end with a bus error; start docker with --shm-size 16g, lower data.workers, or set data.backend=turbo"
+        ]
+
+    def batches(self, order: Order) -> Iterator[HostBatch]:
+        """See `contract.Options`."""
+        loader: DataLoader[Any] = DataLoader(
+            _Positions(order.stream, order.replace),
+            batch_sampler=order.positions,  # any iterable of lists will do, it need not end
+            num_workers=order.workers,
+            collate_fn=_same,
+            worker_init_fn=_ignore_signals,
+            prefetch_factor=self.prefetch if order.workers else None,
+            pin_memory=order.device.type == "cuda",
+            # Workers only read and decode: they start by fork, so that the index is shared and not copied.
+            multiprocessing_context="fork" if order.workers else None,
+        )
+        return _Batches(loader)
 
 
 class _Batches:
@@ -80,7 +81,7 @@ class _Batches:
         return batch
 
     def close(self) -> None:
-        """End the workers. They ignore SIGTERM, so Python's own way of ending them at exit would wait for ever."""
+        """End the workers. They ignore SIGTERM, so Python's own way of ending them at exit would wait forever."""
         workers = getattr(self._iterator, "_workers", [])
         if workers:
             self._iterator._shutdown_workers()
@@ -110,80 +111,3 @@ def _ignore_signals(worker: int) -> None:
 
 def _same(batch: Any) -> Any:
     return batch
-
-
-def load_batch(stream: Stream, positions: Sequence[int], *, replace: bool) -> HostBatch:
-    """Read, decode and crop the images at `positions` on the host.
-
-    Args:
-        replace: put the successor in the order in the place of an image that cannot be decoded; otherwise
-            leave it out. Either way it is listed in `HostBatch.bad`.
-
-    Raises:
-        DataError: `MAX_SUCCESSORS` images in a row cannot be decoded.
-    """
-    plan = stream.plan(positions)
-    rows: list[Row] = []
-    bad: list[tuple[str, str]] = []
-    for row, position in enumerate(positions):
-        sample = load_row(stream, plan, row, position, replace=replace, bad=bad)
-        if sample is not None:
-            rows.append(sample)
-    return gather(stream, rows, bad)
-
-
-Row = tuple[int, NDArray[np.float32], list[Tensor]]
-
-
-def gather(stream: Stream, rows: list[Row], bad: list[tuple[str, str]]) -> HostBatch:
-    """The batch of rows that were done one by one; in a worker it is stacked right in shared memory."""
-    if rows:
-        crops = [
-            default_collate([cuts[view] for view in group for _, _, cuts in rows]).unflatten(0, (len(group), -1))
-            for group in groups(stream.views)
-        ]
-    else:
-        crops = Room(stream.views).crops(0)
-    image = np.array([image for image, _, _ in rows], dtype=np.int64)
-    color = np.array([color for _, color, _ in rows], dtype=np.float32)
-    return HostBatch.of(stream, image, color, crops, bad)
-
-
-def load_row(
-    stream: Stream, plan: Plan, row: int, position: int, *, replace: bool, bad: list[tuple[str, str]]
-) -> Row | None:
-    """Image number, colours [V, NUM_COLOR] and crops (uint8 [size, size, 3] each) of one row of a plan.
-
-    What cannot be decoded is appended to `bad` as (path, reason); with `replace` its successors are tried.
-    """
-    for successor in range(MAX_SUCCESSORS):
-        if successor:
-            plan, row = stream.plan([position + successor]), 0
-        image = int(plan.image[row])
-        try:
-            pixels = stream.index.read(image)
-        except BadImage as error:
-            bad.append((stream.index.path(image), str(error)))
-            if not replace:
-                return None
-            continue
-        color = plan.color[row]
-        crops = [cut(pixels, window, view) for window, view in zip(plan.windows[row], stream.views, strict=True)]
-        return image, color, [c.flip(1) if flips else c for c, flips in zip(crops, color[:, FLIP] > 0, strict=True)]
-    raise DataError(f"{MAX_SUCCESSORS} images in a row cannot be decoded, the last is {bad[-1][0]}: {bad[-1][1]}")
-
-
-def cut(pixels: Tensor, window: NDArray[np.float64], view: View) -> Tensor:
-    """Crop and resize with antialiasing: uint8 [3, H, W] to uint8 [size, size, 3], as torchvision does it."""
-    mode = _MODES[view.interpolation]
-    if view.crop == "center":
-        height, width = pixels.shape[1:]
-        new_w, new_h = (int(side) for side in resized_sides(view, np.array(float(width)), np.array(float(height))))
-        pixels = F.resize(pixels, [new_h, new_w], interpolation=mode, antialias=True)
-        crop = F.center_crop(pixels, [view.size, view.size])
-    else:
-        top, left, height, width = (int(side) for side in window)
-        crop = F.resized_crop(
-            pixels, top, left, height, width, [view.size, view.size], interpolation=mode, antialias=True
-        )
-    return crop.permute(1, 2, 0)

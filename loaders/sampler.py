@@ -1,4 +1,4 @@
-"""The data stream as a pure function of (seed, position): which image, which crop, which colours.
+"""The data stream as a pure function of (seed, position): which image, which crop, which colors.
 
 Position p of the stream is image number p mod N of epoch p div N; an epoch is a permutation of the data set.
 Nothing here keeps a state, so a resumed run, another number of ranks, workers or another back end sees the
@@ -15,14 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loaders.index import Index
-from loaders.views import View
+from loaders.views import View, groups
 
 CROP_TRIES = 10  # as torchvision's RandomResizedCrop
 # Columns of `Plan.color`.
-FLIP, BRIGHTNESS, CONTRAST, SATURATION, HUE, ORDER, GRAY, SIGMA, SOLARIZE = range(9)
-NUM_COLOR = 9
+BRIGHTNESS, CONTRAST, SATURATION, HUE, ORDER, GRAY, SIGMA, SOLARIZE = range(8)
+NUM_COLOR = 8
 NO_SOLARIZE = 2.0  # a threshold that no pixel reaches
-_DRAWS = 2 * CROP_TRIES + 2 + 12  # crop tries, crop place, flip and colour
+_DRAWS = 2 * CROP_TRIES + 2 + 12  # crop tries, crop position, flip and color
 _ORDER_STREAM = 0xFFFFFFFF  # view number that no view has: the draws that make an epoch's permutation
 
 
@@ -31,6 +31,8 @@ class Plan(NamedTuple):
 
     image: NDArray[np.int64]  # [b], row in the index
     windows: NDArray[np.float64]  # [b, V, 4]: top, left, height, width in source pixels
+    sees: NDArray[np.float64]  # [b, V, 4]: top, left, bottom, right of all that a window's filter may read
+    flip: NDArray[np.bool_]  # [b, V]
     color: NDArray[np.float32]  # [b, V, NUM_COLOR]
 
 
@@ -74,12 +76,14 @@ class Stream:
 
     def __init__(self, index: Index, views: Sequence[View], seed: int, *, shuffled: bool = True) -> None:
         self.index, self.views, self.seed, self.shuffled = index, tuple(views), seed, shuffled
+        self.groups = groups(views)
+        """Numbers of the views that lie together in memory, G lists: see `views.groups`."""
         self._permutations: dict[int, NDArray[np.int64]] = {}
 
     def images(self, positions: Sequence[int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Epoch [b] and image [b] of each position."""
-        place = np.asarray(positions, dtype=np.int64)
-        epoch, offset = place // len(self.index), place % len(self.index)
+        position = np.asarray(positions, dtype=np.int64)
+        epoch, offset = position // len(self.index), position % len(self.index)
         if not self.shuffled:
             return epoch, offset
         image = np.empty_like(offset)
@@ -90,15 +94,24 @@ class Stream:
     def plan(self, positions: Sequence[int]) -> Plan:
         """Everything that is drawn for these positions."""
         epoch, image = self.images(positions)
-        width, height = self.index.width[image], self.index.height[image]  # [b]
-        windows, colors = [], []
+        width, height = self.index.width[image].astype(np.float64), self.index.height[image].astype(np.float64)
         numbers = np.arange(len(self.views))
         drawn = uniform(image[:, None], numbers, epoch[:, None], _DRAWS, self.seed)  # [b, V, _DRAWS]
+        windows, sees, flips, colors = [], [], [], []
         for number, view in enumerate(self.views):
-            u = drawn[:, number]
-            windows.append(_windows(view, width, height, u[:, : 2 * CROP_TRIES + 2]))
-            colors.append(_colors(view, u[:, 2 * CROP_TRIES + 2 :]))
-        return Plan(image, np.stack(windows, axis=1), np.stack(colors, axis=1))
+            of_crop, of_color = np.split(drawn[:, number], [2 * CROP_TRIES + 2], axis=1)
+            window = _windows(view, width, height, of_crop)
+            windows.append(window)
+            sees.append(_sees(view, window, width, height))
+            flips.append(of_color[:, 0] < view.flip)
+            colors.append(_colors(view, of_color))
+        return Plan(
+            image,
+            windows=np.stack(windows, axis=1),
+            sees=np.stack(sees, axis=1),
+            flip=np.stack(flips, axis=1),
+            color=np.stack(colors, axis=1),
+        )
 
     def _permutation(self, epoch: int) -> NDArray[np.int64]:
         if epoch not in self._permutations:
@@ -110,14 +123,11 @@ class Stream:
         return self._permutations[epoch]
 
 
-def _windows(
-    view: View, width: NDArray[np.int32], height: NDArray[np.int32], u: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    """Crop windows [b, 4] as (top, left, height, width)."""
-    w, h = width.astype(np.float64), height.astype(np.float64)
+def _windows(view: View, w: NDArray[np.float64], h: NDArray[np.float64], u: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Crop windows [b, 4] as (top, left, height, width) in images of width and height [b]."""
     if view.crop == "center":
         return _center_windows(view, w, h)
-    # torchvision's RandomResizedCrop: the first of ten tries that fits, else the largest allowed centre crop.
+    # torchvision's RandomResizedCrop: the first of ten tries that fits, else the largest allowed center crop.
     area = (w * h)[:, None] * (view.scale[0] + (view.scale[1] - view.scale[0]) * u[:, :CROP_TRIES])
     log_low, log_high = np.log(view.ratio)
     ratio = np.exp(log_low + (log_high - log_low) * u[:, CROP_TRIES : 2 * CROP_TRIES])
@@ -143,6 +153,22 @@ def _center_windows(view: View, w: NDArray[np.float64], h: NDArray[np.float64]) 
     return np.stack((top * scale_h, left * scale_w, view.size * scale_h, view.size * scale_w), axis=1)
 
 
+def _sees(
+    view: View, windows: NDArray[np.float64], w: NDArray[np.float64], h: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """What is part of the picture for a window's filter: [b, 4] as (top, left, bottom, right), whole pixels.
+
+    A random crop is a picture of its own. A center crop is a part of the resized picture, so its filter also sees what
+    is around it, as far as the widest filter reaches: two output pixels, and two source pixels for rounding.
+    """
+    first, last = windows[:, :2], windows[:, :2] + windows[:, 2:]
+    if view.crop == "center":
+        reach = 2 * np.maximum(windows[:, 2:] / view.size, 1) + 2
+        first = np.floor(np.maximum(first - reach, 0))
+        last = np.ceil(np.minimum(last + reach, np.stack((h, w), axis=1)))
+    return np.concatenate((first, last), axis=1)
+
+
 def resized_sides(
     view: View, width: NDArray[np.float64], height: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -153,14 +179,13 @@ def resized_sides(
 
 
 def _colors(view: View, u: NDArray[np.float64]) -> NDArray[np.float32]:
-    """Colour parameters [b, NUM_COLOR]; identities where an operation was not drawn."""
+    """Color parameters [b, NUM_COLOR]; identities where an operation was not drawn."""
     jitters = u[:, 1] < view.jitter
 
     def factor(column: int, strength: float) -> NDArray[np.float64]:
         return np.where(jitters, np.maximum(0, 1 - strength + 2 * strength * u[:, column]), 1)
 
     color = np.zeros((len(u), NUM_COLOR))
-    color[:, FLIP] = u[:, 0] < view.flip
     color[:, BRIGHTNESS] = factor(2, view.brightness)
     color[:, CONTRAST] = factor(3, view.contrast)
     color[:, SATURATION] = factor(4, view.saturation)

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -23,12 +22,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from loaders.beton import RAW
-from loaders.contract import HostBatch, Room
-from loaders.folder_loader import load_row
+from loaders.contract import CropMemory, HostBatch, Order
+from loaders.decode import RAW
+from loaders.host import load_row
 from loaders.index import Index
-from loaders.sampler import FLIP, Plan, Stream
-from loaders.views import View, groups
+from loaders.sampler import Plan
+from loaders.views import View
 
 _ABI = 1
 _SKIP, _JPEG, _RAW = -1, 0, 1  # how the core takes a row's bytes
@@ -57,11 +56,11 @@ class _Job(ctypes.Structure):
 @functools.cache
 def _load() -> tuple[Any, str]:
     """The library, or None and why there is none."""
-    found = sorted(Path(__file__).parent.glob("_turbo*.so"))
-    if not found:
+    files = sorted(Path(__file__).parent.glob("_turbo*.so"))
+    if not files:
         return None, f"the compiled core was not built; {HOW_TO_BUILD}"
     try:
-        library = ctypes.CDLL(str(found[0]))
+        library = ctypes.CDLL(str(files[0]))
     except OSError as error:
         return None, f"the compiled core cannot be loaded ({error}); {HOW_TO_BUILD}"
     if library.turbo_abi() != _ABI:
@@ -92,65 +91,86 @@ def libjpeg_version() -> str:
 Memory = Callable[[NDArray[np.int64]], tuple[NDArray[np.uint64], object]]
 
 
+class Cut:
+    """What of each row is cut, for the core.
+
+    Args:
+        views: V of them.
+        axes: [b, V, 2, 4]: (low, high, start, scale) of x and y. Output pixel o is centered at
+            start + (o + 0.5) · scale and sees source pixels from low to high.
+        flip: [b, V] bool.
+        crops: G x uint8 [k, b, size, size, 3] to write to, see `contract.CropMemory`.
+    """
+
+    def __init__(
+        self, views: tuple[View, ...], axes: NDArray[np.float64], flip: NDArray[np.bool_], crops: list[Tensor]
+    ) -> None:
+        self.views, self.crops = views, crops
+        self.axes = np.ascontiguousarray(axes, dtype=np.float64)
+        self.flip = np.ascontiguousarray(flip, dtype=np.uint8)
+
+    @classmethod
+    def of(cls, plan: Plan, views: tuple[View, ...], crops: list[Tensor]) -> Cut:
+        """What a plan asks for."""
+        axes = np.empty((*plan.windows.shape[:2], 2, 4))
+        size = np.array([view.size for view in views])
+        for axis, first in ((0, 1), (1, 0)):  # x has left and right, the odd columns
+            start, extent = plan.windows[:, :, first], plan.windows[:, :, first + 2]
+            low, high = plan.sees[:, :, first], plan.sees[:, :, first + 2]
+            axes[:, :, axis] = np.stack((low, high, start, extent / size), axis=2)
+        return cls(views, axes, plan.flip, crops)
+
+
 class Job:
     """Rows of one batch for the core.
 
     Args:
         index: the data set.
         rows: [b] of the index.
-        views: what is cut; none decodes everything and keeps nothing.
-        windows: [b, V, 4], and `flip` [b, V], of a plan.
-        crops: G x uint8 [k, b, size, size, 3], see `contract.Room`; written to.
+        cut: what to cut from each; without it everything is decoded and nothing is kept.
         memory: gives the address of each row's bytes, and what has to live as long as they are used.
     """
 
     def __init__(
-        self,
-        index: Index,
-        rows: NDArray[np.int64],
-        views: tuple[View, ...] = (),
-        windows: NDArray[np.float64] | None = None,
-        flip: NDArray[np.bool_] | None = None,
-        crops: list[Tensor] | None = None,
-        memory: Memory | None = None,
+        self, index: Index, rows: NDArray[np.int64], cut: Cut | None = None, memory: Memory | None = None
     ) -> None:
         count = len(rows)
-        width, height = index.width[rows], index.height[rows]
         format = index.format[rows]
         kind = np.where(np.isin(format, [b"JPEG", b"MPO"]), _JPEG, np.where(format == RAW, _RAW, _SKIP)).astype(
             np.int32
         )
         kind[[row in index.problems for row in rows.tolist()]] = _SKIP
-        places = [index.location(row) for row in rows.tolist()]
+        locations = [index.location(row) for row in rows.tolist()]
         if memory is None:
-            path = (ctypes.c_char_p * count)(*(place[0] for place in places))
+            path = (ctypes.c_char_p * count)(*(location[0] for location in locations))
             data = np.zeros(count, dtype=np.uint64)
         else:
             path = (ctypes.c_char_p * count)()
             data, self._memory = memory(rows)
-        outs = [crop[k] for crop in crops or [] for k in range(len(crop))]
-        cut = (_View * max(len(views), 1))(
+        outs = [crop[k] for crop in cut.crops for k in range(len(crop))] if cut else []
+        views = cut.views if cut else ()
+        c_views = (_View * max(len(views), 1))(
             *(_View(v.size, v.interpolation == "bicubic", out.data_ptr()) for v, out in zip(views, outs, strict=True))
         )
         self.status = np.full(count, -1, dtype=np.int32)
         arrays: dict[str, NDArray[Any]] = {
             "kind": kind,
             "data": data,
-            "offset": np.array([place[1] for place in places], dtype=np.int64),
-            "length": np.array([place[2] for place in places], dtype=np.int64),
-            "width": np.ascontiguousarray(width, dtype=np.int32),
-            "height": np.ascontiguousarray(height, dtype=np.int32),
-            "windows": _axes(views, windows, width, height) if windows is not None else np.zeros(0),
-            "flip": np.ascontiguousarray(flip, dtype=np.uint8) if flip is not None else np.zeros(0),
+            "offset": np.array([location[1] for location in locations], dtype=np.int64),
+            "length": np.array([location[2] for location in locations], dtype=np.int64),
+            "width": np.ascontiguousarray(index.width[rows], dtype=np.int32),
+            "height": np.ascontiguousarray(index.height[rows], dtype=np.int32),
+            "windows": cut.axes if cut else np.zeros(0),
+            "flip": cut.flip if cut else np.zeros(0),
             "status": self.status,
         }
-        self._kept = (path, cut, outs, arrays)  # the core has only their addresses
+        self._kept = (path, c_views, outs, arrays)  # the core has only their addresses
         self._job = _Job(
             num_rows=count,
             num_views=len(views),
             max_pixels=index.max_pixels,
             path=ctypes.addressof(path),
-            views=ctypes.addressof(cut),
+            views=ctypes.addressof(c_views),
             **{name: array.ctypes.data for name, array in arrays.items()},
         )
 
@@ -165,21 +185,6 @@ class Job:
             self.run(workspace)
         finally:
             _load()[0].turbo_free(workspace)
-
-
-def _axes(
-    views: tuple[View, ...], windows: NDArray[np.float64], width: NDArray[np.int32], height: NDArray[np.int32]
-) -> NDArray[np.float64]:
-    """Windows as the core takes them: [b, V, 2, 4] with (low, high, start, scale) of x and y."""
-    axes = np.empty((*windows.shape[:2], 2, 4))
-    for number, view in enumerate(views):
-        for axis, (start, side, whole) in enumerate(((1, 3, width), (0, 2, height))):
-            at, extent = windows[:, number, start], windows[:, number, side]
-            # A centre window is a part of the resized picture, so its filter sees what is around it.
-            center = view.crop == "center"
-            low, high = (np.zeros_like(at), whole) if center else (at, at + extent)
-            axes[:, number, axis] = np.stack((low, high, at, extent / view.size), axis=1)
-    return axes
 
 
 class Workers:
@@ -226,18 +231,11 @@ class _Batch:
         with self._lock:
             if self._job is None:
                 of = self._batches
-                self.plan = of.stream.plan(self.positions)
-                self.crops = of.room.crops(len(self.positions))
-                flip = self.plan.color[:, :, FLIP] > 0
-                self._job = Job(
-                    of.stream.index,
-                    self.plan.image,
-                    of.stream.views,
-                    self.plan.windows,
-                    flip,
-                    self.crops,
-                    of.memory,
-                )
+                stream = of.order.stream
+                self.plan = stream.plan(self.positions)
+                self.crops = of.memory.crops(len(self.positions))
+                cut = Cut.of(self.plan, stream.views, self.crops)
+                self._job = Job(stream.index, self.plan.image, cut, of.source)
             return self._job
 
     def done(self) -> HostBatch:
@@ -245,18 +243,19 @@ class _Batch:
         for future in self.running:
             future.result()
         assert self._job is not None
-        stream, plan, bad = self._batches.stream, self.plan, []  # type: ignore[var-annotated]
+        stream, plan = self._batches.order.stream, self.plan
         image, color = plan.image, plan.color
+        bad: list[tuple[str, str]] = []
         kept = np.ones(len(self.positions), dtype=np.bool_)
         for row in np.flatnonzero(self._job.status != DONE).tolist():
-            sample = load_row(stream, plan, row, self.positions[row], replace=self._batches.replace, bad=bad)
+            sample = load_row(stream, plan, row, self.positions[row], replace=self._batches.order.replace, bad=bad)
             if sample is None:
                 kept[row] = False
                 continue
             image[row], color[row], views = sample
-            for group, crop in zip(groups(stream.views), self.crops, strict=True):
-                for place, view in enumerate(group):
-                    crop[place, row] = views[view]
+            for group, crop in zip(stream.groups, self.crops, strict=True):
+                for number, view in enumerate(group):
+                    crop[number, row] = views[view]
         if kept.all():
             return HostBatch.of(stream, image, color, self.crops, bad)
         rows = torch.from_numpy(np.flatnonzero(kept))
@@ -267,33 +266,25 @@ class Batches:
     """The iterator of a back end that uses the core.
 
     Args:
+        order: what to load.
         prefetch: batches that are worked on ahead of the one in use.
-        memory: see `Job`.
+        source: see `memory` of `Job`.
         on_close: called at the end.
     """
 
     def __init__(
-        self,
-        stream: Stream,
-        positions: Iterable[list[int]],
-        *,
-        replace: bool,
-        workers: int,
-        device: torch.device,
-        prefetch: int,
-        memory: Memory | None = None,
-        on_close: Callable[[], None] | None = None,
+        self, order: Order, *, prefetch: int, source: Memory | None = None, on_close: Callable[[], None] | None = None
     ) -> None:
-        self.stream, self.replace, self.memory = stream, replace, memory
-        self.room = Room(stream.views, pinned=device.type == "cuda")
-        self.workers = Workers(max(1, workers))
-        self._positions, self._prefetch, self._on_close = iter(positions), prefetch, on_close
+        self.order, self.source = order, source
+        self.memory = CropMemory(order.stream, pinned=order.device.type == "cuda")
+        self.workers = Workers(max(1, order.workers))
+        self._positions, self._prefetch, self._on_close = iter(order.positions), prefetch, on_close
         self._ahead: deque[_Batch] = deque()
         self._fill()
 
     def _fill(self) -> None:
-        room = self._prefetch + 1 - len(self._ahead)
-        self._ahead.extend(_Batch(self, chunk) for chunk in islice(self._positions, room))
+        wanted = self._prefetch + 1 - len(self._ahead)
+        self._ahead.extend(_Batch(self, positions) for positions in islice(self._positions, wanted))
 
     def __iter__(self) -> Iterator[HostBatch]:
         return self
@@ -312,8 +303,3 @@ class Batches:
         if self._on_close:
             self._on_close()
             self._on_close = None
-
-
-def default_threads() -> int:
-    """Threads for work outside of a run."""
-    return len(os.sched_getaffinity(0))

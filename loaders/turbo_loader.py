@@ -6,45 +6,46 @@ those that the core gives up, are done on the host like in the `folder` back end
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from pathlib import Path
 
-import torch
 from pydantic import Field
 
-from loaders import turbo
-from loaders.contract import HostBatch
-from loaders.contract import Options as BaseOptions
-from loaders.index import DataError
-from loaders.sampler import Stream
+from loaders import contract, turbo
+from loaders.contract import HostBatch, Order
+from loaders.errors import DataError
 
 
-class Options(BaseOptions):
+class Options(contract.Options):
     """`data.options` of this back end."""
 
     prefetch: int = Field(default=2, ge=1)
     """Micro-batches that are worked on ahead of the one in use."""
 
+    @classmethod
+    def missing(cls) -> str:
+        """The compiled core is optional."""
+        reason = turbo.why_missing()
+        return f"turbo: {reason}, or set data.backend=folder" if reason else ""
 
-def open(
-    stream: Stream,
-    positions: Iterable[list[int]],
-    *,
-    replace: bool,
-    workers: int,
-    device: torch.device,
-    options: Options,
-) -> Iterator[HostBatch]:
-    """See `loaders.contract`.
+    @classmethod
+    def preference(cls, on_gpu: bool, root: Path | None) -> int:
+        """The fastest on a CPU."""
+        return 2
 
-    Raises:
-        DataError: the core was not built.
-    """
-    if problem := missing():
-        raise DataError(problem)
-    return turbo.Batches(stream, positions, replace=replace, workers=workers, device=device, prefetch=options.prefetch)
+    @classmethod
+    def about(cls) -> str:
+        """Which decoder and which code path."""
+        path = "AVX2" if turbo.use_vectors(True) else "plain (no AVX2)"
+        return f"works: libjpeg-turbo {turbo.libjpeg_version()}, {path}"
 
+    @classmethod
+    def versions(cls) -> dict[str, str]:
+        """Of the decoder."""
+        return {} if turbo.why_missing() else {"libjpeg-turbo": turbo.libjpeg_version()}
 
-def missing() -> str:
-    """What this machine lacks for the back end and what to do, or ""."""
-    reason = turbo.why_missing()
-    return f"data.backend: turbo: {reason}, or set data.backend=folder" if reason else ""
+    def batches(self, order: Order) -> Iterator[HostBatch]:
+        """See `contract.Options`."""
+        if problem := self.missing():
+            raise DataError(f"data.backend: {problem}")
+        return turbo.Batches(order, prefetch=self.prefetch)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from loaders.config import Strict
 
 Probability = Field(default=0.0, ge=0, le=1)
 
@@ -49,6 +52,16 @@ _BYOL: dict[str, Any] = {
     "hue": 0.1,
     "gray": 0.2,
 }
+_SMALL: dict[str, Any] = {
+    "crop": "random",
+    "size": 32,
+    "scale": (0.4, 1.0),
+    "jitter": 0.8,
+    "brightness": 0.4,
+    "contrast": 0.4,
+    "blur": 0.2,
+    "blur_sigma": (0.1, 1.0),
+}
 PRESETS: dict[str, dict[str, Any]] = {
     "burn": {
         "crop": "random",
@@ -70,22 +83,24 @@ PRESETS: dict[str, dict[str, Any]] = {
     "swav_small": {**_SWAV, "size": 96, "scale": (0.05, 0.14)},
     # S2-BNN, lighter for a binary network: jitter 0.6 instead of 0.8, blur 0.2 instead of 0.5.
     "s2bnn": {**_MOCO, "jitter": 0.6, "blur": 0.2},
-    # Grill et al. 2020, appendix B, with OpenSelfSup's bicubic crops: always blurred, or rarely and solarised.
+    # Grill et al. 2020, appendix B, with OpenSelfSup's bicubic crops: always blurred, or rarely and solarized.
     "byol_first": {**_BYOL, "blur": 1.0},
     "byol_second": {**_BYOL, "blur": 0.1, "solarize": 0.2},
+    # Ours, for the small data sets of the quick and Fashion-MNIST recipes: crops, brightness, contrast and a little
+    # blur. Digits must not be mirrored, clothes may be.
+    "digits": _SMALL,
+    "clothes": {**_SMALL, "scale": (0.3, 1.0), "flip": 0.5},
     "crop_flip": {"crop": "random", "size": 224, "scale": (0.08, 1.0), "flip": 0.5},
     "validation": {"crop": "center", "size": 224, "resize": 256},
 }
 
 
-class View(BaseModel):
+class View(Strict):
     """One view of an image. In a recipe a `preset` may stand first; keys beside it change it.
 
-    Geometry comes first (crop, resize to `size`), then flip, colour jitter in a random order for each image,
-    grayscale, blur and solarisation, each with its probability; then normalisation.
+    Geometry comes first (crop, resize to `size`), then flip, color jitter in a random order for each image,
+    grayscale, blur and solarization, each with its probability; then normalization.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     size: int = Field(ge=1, le=4096)
     """Side of the square output in pixels."""
@@ -95,7 +110,7 @@ class View(BaseModel):
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """Random crop: bounds of width / height."""
     resize: int | None = Field(default=None, ge=1)
-    """Centre crop: length of the shorter side before cropping."""
+    """Center crop: length of the shorter side before cropping."""
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     flip: float = Probability
     jitter: float = Probability
@@ -135,11 +150,7 @@ class View(BaseModel):
 
 
 def groups(views: Sequence[View]) -> list[list[int]]:
-    """Places of neighbouring views of one size: what a network takes in one call, as SwAV's multi-crop does."""
-    found: list[list[int]] = []
-    for number, view in enumerate(views):
-        if found and views[found[-1][0]].size == view.size:
-            found[-1].append(number)
-        else:
-            found.append([number])
-    return found
+    """Numbers of neighboring views of one size: they lie together in memory, from the back end to the network, which
+    takes them in one call, as SwAV's multi-crop does."""
+    numbers = range(len(views))
+    return [list(group) for _, group in itertools.groupby(numbers, key=lambda number: views[number].size)]

@@ -1,0 +1,107 @@
+"""Images decoded and cut one by one on the host: what the `folder` back end does, and what every other back end falls
+back to for an image that it cannot do itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import default_collate
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+from loaders.contract import CropMemory, HostBatch
+from loaders.errors import BadImage, DataError
+from loaders.sampler import NUM_COLOR, Plan, Stream, resized_sides
+from loaders.views import View
+
+_MODES = {"bilinear": InterpolationMode.BILINEAR, "bicubic": InterpolationMode.BICUBIC}
+MAX_SUCCESSORS = 100
+"""Images in a row that may be bad before a run ends."""
+
+
+class Sample(NamedTuple):
+    """One image of a batch."""
+
+    image: int  # row of the index
+    color: NDArray[np.float32]  # [V, NUM_COLOR]
+    crops: list[Tensor]  # V x uint8 [size, size, 3]
+
+
+def load_batch(stream: Stream, positions: Sequence[int], *, replace: bool) -> HostBatch:
+    """Read, decode and crop the images at `positions`.
+
+    Args:
+        replace: see `contract.Order`. Either way a bad image is listed in `HostBatch.bad`.
+
+    Raises:
+        DataError: `MAX_SUCCESSORS` images in a row cannot be decoded.
+    """
+    plan = stream.plan(positions)
+    bad: list[tuple[str, str]] = []
+    samples = (load_row(stream, plan, row, p, replace=replace, bad=bad) for row, p in enumerate(positions))
+    return gather(stream, [sample for sample in samples if sample], bad)
+
+
+def gather(stream: Stream, samples: list[Sample], bad: list[tuple[str, str]]) -> HostBatch:
+    """The batch of images that were done one by one; in a worker it is stacked right in shared memory."""
+    if samples:
+        crops = [
+            default_collate([sample.crops[view] for view in group for sample in samples]).unflatten(0, (len(group), -1))
+            for group in stream.groups
+        ]
+    else:
+        crops = CropMemory(stream).crops(0)
+    image = np.array([sample.image for sample in samples], dtype=np.int64)
+    color = np.array([sample.color for sample in samples], dtype=np.float32)
+    return HostBatch.of(stream, image, color.reshape(len(samples), len(stream.views), NUM_COLOR), crops, bad)
+
+
+def load_row(
+    stream: Stream, plan: Plan, row: int, position: int, *, replace: bool, bad: list[tuple[str, str]]
+) -> Sample | None:
+    """The image of one row of a plan, None where it is left out.
+
+    What cannot be decoded is appended to `bad` as (path, reason); with `replace` its successors are tried.
+
+    Raises:
+        DataError: `MAX_SUCCESSORS` images in a row cannot be decoded.
+    """
+    for successor in range(MAX_SUCCESSORS):
+        if successor:
+            plan, row = stream.plan([position + successor]), 0
+        image = int(plan.image[row])
+        try:
+            pixels = stream.index.read(image)
+        except BadImage as error:
+            bad.append((stream.index.path(image), str(error)))
+            if not replace:
+                return None
+            continue
+        return Sample(image, plan.color[row], list(_cuts(stream, plan, row, pixels)))
+    raise DataError(f"{MAX_SUCCESSORS} images in a row cannot be decoded, the last is {bad[-1][0]}: {bad[-1][1]}")
+
+
+def _cuts(stream: Stream, plan: Plan, row: int, pixels: Tensor) -> Iterator[Tensor]:
+    for view, window, flips in zip(stream.views, plan.windows[row], plan.flip[row].tolist(), strict=True):
+        crop = cut(pixels, window, view)
+        yield crop.flip(1) if flips else crop
+
+
+def cut(pixels: Tensor, window: NDArray[np.float64], view: View) -> Tensor:
+    """Crop and resize with antialiasing: uint8 [3, H, W] to uint8 [size, size, 3], as torchvision does it."""
+    mode = _MODES[view.interpolation]
+    if view.crop == "center":
+        height, width = pixels.shape[1:]
+        new_w, new_h = (int(side) for side in resized_sides(view, np.array(float(width)), np.array(float(height))))
+        pixels = F.resize(pixels, [new_h, new_w], interpolation=mode, antialias=True)
+        crop = F.center_crop(pixels, [view.size, view.size])
+    else:
+        top, left, height, width = (int(side) for side in window)
+        crop = F.resized_crop(
+            pixels, top, left, height, width, [view.size, view.size], interpolation=mode, antialias=True
+        )
+    return crop.permute(1, 2, 0)

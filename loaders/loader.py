@@ -1,0 +1,312 @@
+"""The `data` section of a recipe, and from it batches on the device."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated, Any, Literal, NamedTuple
+
+import torch
+from pydantic import Field, field_validator, model_validator
+from torch import Tensor
+
+import loaders
+from loaders import sources
+from loaders.augment import augmenter
+from loaders.config import Strict
+from loaders.contract import HostBatch, Options, Order
+from loaders.errors import DataError
+from loaders.index import Index
+from loaders.machine import cores
+from loaders.sampler import EvalPositions, Stream, TrainPositions
+from loaders.views import View
+
+SUFFIX = "_loader"
+AUTO = "auto"
+"""The value of `data.backend` that stands for the best back end of this machine."""
+
+
+def backends() -> list[str]:
+    """Names that `data.backend` can take."""
+    names = (module.name for module in pkgutil.iter_modules(loaders.__path__))
+    return sorted(name.removesuffix(SUFFIX) for name in names if name.endswith(SUFFIX))
+
+
+def load(backend: str) -> ModuleType:
+    """Return the module of a back end, with its `Options`.
+
+    Raises:
+        KeyError: no file of that name.
+    """
+    if backend not in backends():
+        raise KeyError(backend)
+    return importlib.import_module(f"loaders.{backend}{SUFFIX}")
+
+
+def choose(on_gpu: bool, root: Path | None) -> str:
+    """The back end that `data.backend: auto` stands for on this machine.
+
+    Args:
+        on_gpu: whether a GPU trains.
+        root: the training images, as far as they are known.
+    """
+    wanted = {name: load(name).Options.preference(on_gpu, root) for name in backends()}
+    ranked = sorted((name for name in wanted if wanted[name]), key=lambda name: -wanted[name])
+    return next(name for name in ranked if not load(name).Options.missing())
+
+
+Positive = Annotated[float, Field(gt=0)]
+
+
+class DataConfig(Strict):
+    """The `data` section of a recipe."""
+
+    backend: str = AUTO
+    """A file of `loaders/`, or `auto`: the fastest that this machine has for these data; the run says which."""
+    train: str | None = None
+    """Training images: a folder with one folder per class, a list file (`<image> <class>` on each line), tar shards
+    (a folder of them, or a pattern such as `shards/*.tar`), or a `.beton` file."""
+    val: str | None = None
+    """The same for validation."""
+    expect_images: int | None = Field(default=None, ge=1)
+    """Number of training images the recipe was written for, those in quarantine included: a data set of another
+    size is refused."""
+    batch_size: int = Field(ge=1)
+    """Images per optimizer step, over all ranks and accumulation steps."""
+    micro_batch: int = Field(ge=1)
+    """Images per rank and forward; what BatchNorm sees. Accumulation steps follow from it."""
+    views: tuple[View, ...] = Field(min_length=1)
+    eval_view: View
+    eval_batch: int = Field(default=256, ge=1)
+    """Images per rank and forward in evaluations."""
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
+    on_bad_image: Literal["stop", "replace"] = "stop"
+    """A training image that cannot be decoded ends the run, or gives way to its successor in the order.
+    Evaluations leave such images out and say how many they measured."""
+    quarantine: str | None = None
+    """List of images to leave out, of training and validation alike, as `tools/scan_images.py` writes it."""
+    max_pixels: int = Field(default=100_000_000, ge=1)
+    """An image with more pixels counts as one that cannot be decoded."""
+    workers: int | None = Field(default=None, ge=0)
+    """Decoding threads or processes per rank; by default the machine's cores divided by its ranks."""
+    options: Options
+
+    @field_validator("views", mode="before")
+    @classmethod
+    def _repeat(cls, value: Any) -> Any:
+        # `{preset: swav_small, repeat: 6}` stands for six views.
+        if not isinstance(value, list | tuple):
+            return value
+        views: list[Any] = []
+        for number, view in enumerate(value):
+            times = view.get("repeat", 1) if isinstance(view, dict) else 1
+            if type(times) is not int or not 1 <= times <= 64:
+                raise ValueError(f"{number}.repeat: expected a whole number from 1 to 64, got {times!r}")
+            content = {k: v for k, v in view.items() if k != "repeat"} if isinstance(view, dict) else view
+            views += [content] * times
+        return tuple(views)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DataConfig:
+        if self.batch_size % self.micro_batch:
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of micro_batch {self.micro_batch}")
+        if self.eval_view.crop != "center":
+            raise ValueError("eval_view: expected crop: center, evaluations draw nothing")
+        return self
+
+
+def with_backend(config: DataConfig, backend: str, **changes: Any) -> DataConfig:
+    """The same data through another back end, with its default options where it is not the config's own."""
+    options = config.options if backend == config.backend else load(backend).Options()
+    return config.model_copy(update={"backend": backend, "options": options, **changes})
+
+
+def on_noise(config: DataConfig, *, num_images: int, num_classes: int, side: int) -> DataConfig:
+    """The same views of images that need no files, for benchmarks."""
+    from loaders.synthetic_loader import Options as Synthetic
+
+    options = Synthetic(num_images=num_images, num_classes=num_classes, side=side)
+    return config.model_copy(update={"backend": "synthetic", "options": options, "expect_images": None})
+
+
+def why_unusable(config: DataConfig) -> dict[str, str]:
+    """Every back end -> "" or why it cannot stand in for the config's own on this machine."""
+    reasons = {}
+    for name in backends():
+        options = load(name).Options
+        if options.reads_files and not config.options.reads_files:
+            reasons[name] = "the recipe's data set has no files"
+        elif config.options.reads_files and not options.reads_files:
+            reasons[name] = "its images are not those of the data set"
+        else:
+            reasons[name] = (options.refuses(Path(config.train)) if config.train else "") or options.missing()
+    return reasons
+
+
+class Place(NamedTuple):
+    """Where a loader works: one of the ranks of a run."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_world_size: int = 1
+    """Ranks on this machine, which share its cores."""
+    device: torch.device = torch.device("cpu")
+
+
+ALONE = Place()
+
+
+class Batch(NamedTuple):
+    """One micro-batch, ready for the network."""
+
+    views: list[Tensor]  # V x float32 [B, 3, size, size], normalized, channels_last, on the device; neighboring
+    # views of one size lie behind each other in memory
+    label: Tensor  # int64 [B], on the device
+    rows: Tensor  # int64 [B], rows of the index, on the host
+
+
+class Loader:
+    """Batches of one rank; endless for training, one pass for evaluation.
+
+    Attributes:
+        bad: path -> reason of every image that was replaced or left out so far.
+    """
+
+    def __init__(
+        self, batches: Iterator[HostBatch], config: DataConfig, stream: Stream, device: torch.device, *, stops: bool
+    ) -> None:
+        self._batches, self._stream, self._device, self._stops = batches, stream, device, stops
+        self._mean = torch.tensor(config.mean, device=device, dtype=torch.float32)
+        self._std = torch.tensor(config.std, device=device, dtype=torch.float32)
+        self._augment = augmenter(device)
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.bad: dict[str, str] = {}
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        batch = next(self._batches)
+        if batch.bad:
+            if self._stops:
+                path, reason = batch.bad[0]
+                raise DataError(
+                    f"{path}: {reason}; remove or repair it, or set data.on_bad_image=replace to go on without it"
+                )
+            self.bad.update(batch.bad)
+        batch = self._on_device(batch)
+        views: list[Tensor] = []
+        for group, crops in zip(self._stream.groups, batch.crops, strict=True):
+            # The views of one size are one batch of k·B images, with one call of every operator.
+            images = crops.flatten(0, 1)
+            drawn = batch.color[:, group].transpose(0, 1).flatten(0, 1)
+            of_group = [self._stream.views[number] for number in group]
+            views += self._augment(images, drawn, of_group, self._mean, self._std).chunk(len(group))
+        return Batch(views, batch.label, batch.rows)
+
+    def _on_device(self, batch: HostBatch) -> HostBatch:
+        """The batch on the device; on a GPU its copy runs in a stream of its own, beside the step before."""
+        if self._copies is None:
+            return batch
+        with torch.cuda.stream(self._copies):
+            crops = [self._to_device(crop) for crop in batch.crops]
+            color, label = self._to_device(batch.color), self._to_device(batch.label)
+        current = torch.cuda.current_stream(self._device)
+        current.wait_stream(self._copies)
+        for tensor in (*crops, color, label):
+            tensor.record_stream(current)  # its memory is the other stream's, and in use until this one is through
+        return batch._replace(crops=crops, color=color, label=label)
+
+    def _to_device(self, tensor: Tensor) -> Tensor:
+        # Only a copy from pinned memory leaves the host free to go on.
+        if self._device.type == "cuda" and not tensor.is_cuda and not tensor.is_pinned():
+            tensor = tensor.pin_memory()
+        return tensor.to(self._device, non_blocking=True)
+
+    def close(self) -> None:
+        """Free the back end's threads, processes and memory."""
+        if hasattr(self._batches, "close"):
+            self._batches.close()
+        self._batches = iter(())  # torch's DataLoader ends its workers when its iterator goes
+
+
+def open_data(config: DataConfig, split: Literal["train", "val"]) -> Index:
+    """Index a split of the data set.
+
+    Raises:
+        DataError: it is not named, missing, not laid out as expected, or smaller than one training batch.
+    """
+    if not config.options.reads_files:
+        return config.options.open_index(split)
+    root = getattr(config, split)
+    if root is None:
+        raise DataError(f"data.{split}: not set; expected a folder with one folder of images per class")
+    quarantine = Path(config.quarantine) if config.quarantine else None
+    index = sources.open_index(Path(root), max_pixels=config.max_pixels, quarantine=quarantine)
+    if split == "train" and len(index) < config.batch_size:
+        raise DataError(
+            f"{root}: {len(index)} images are fewer than data.batch_size {config.batch_size}; "
+            "expected at least one batch"
+        )
+    return index
+
+
+def workers_per_rank(config: DataConfig, local_world_size: int) -> int:
+    """Threads or processes that one rank may use for decoding."""
+    if config.workers is not None:
+        return config.workers
+    return max(1, cores() // local_world_size)
+
+
+def warnings(config: DataConfig, local_world_size: int) -> list[str]:
+    """What may go wrong on this machine though nothing is missing, each with what to do."""
+    workers = workers_per_rank(config, local_world_size) * local_world_size
+    return config.options.warnings(config.views, config.micro_batch, workers)
+
+
+def open_train(config: DataConfig, index: Index, *, seed: int, step: int = 0, place: Place = ALONE) -> Loader:
+    """Endless training batches of one rank from optimizer step `step` on, `batch_size / (micro_batch ·
+    world_size)` of them per step.
+
+    Raises:
+        DataError: the back end is not installed.
+    """
+    positions = TrainPositions(
+        batch_size=config.batch_size,
+        micro_batch=config.micro_batch,
+        rank=place.rank,
+        world_size=place.world_size,
+        step=step,
+    )
+    return _open(config, Stream(index, config.views, seed), positions, place, training=True)
+
+
+def open_eval(config: DataConfig, index: Index, *, rows: Sequence[int] | None = None, place: Place = ALONE) -> Loader:
+    """One pass over the data set (or `rows` of it) in its own order, with the evaluation view: every image
+    exactly once over all ranks, without what cannot be decoded."""
+    stream = Stream(index, (config.eval_view,), seed=0, shuffled=False)
+    positions = EvalPositions(
+        range(len(index)) if rows is None else rows,
+        batch_size=config.eval_batch,
+        rank=place.rank,
+        world_size=place.world_size,
+    )
+    return _open(config, stream, positions, place, training=False)
+
+
+def _open(
+    config: DataConfig, stream: Stream, positions: Iterable[list[int]], place: Place, *, training: bool
+) -> Loader:
+    order = Order(
+        stream,
+        positions,
+        replace=training and config.on_bad_image == "replace",
+        workers=workers_per_rank(config, place.local_world_size),
+        device=place.device,
+    )
+    batches = config.options.batches(order)
+    return Loader(batches, config, stream, place.device, stops=training and config.on_bad_image == "stop")

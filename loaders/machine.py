@@ -1,0 +1,25 @@
+"""What this process may use of its machine."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def cores() -> int:
+    """CPU cores that this process may run on, which a container or `taskset` can make fewer than the machine has."""
+    return len(os.sched_getaffinity(0))
+
+
+def memory() -> dict[str, int]:
+    """Bytes by name, as /proc/meminfo lists them: `MemTotal`, `MemAvailable`, ..."""
+    rows = (line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    return {name: int(value.split()[0]) * 1024 for name, value in rows}
+
+
+def cpu_flags() -> set[str]:
+    """Names of the instruction sets of an x86 processor, such as `avx2`; none on others."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("flags"):
+            return set(line.split(":", 1)[1].split())
+    return set()
