@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from models import backbones
+from models.backbones import backbones_of
 from models.binary import BinaryConv2d
 from models.methods import Method
 
@@ -94,10 +94,9 @@ class Part(NamedTuple):
 
 def parts(method: Method, sizes: Sequence[int]) -> Iterator[Part]:
     """The backbones of a method that gets views of these sides."""
-    for name, network in method.named_modules():
-        if isinstance(network, backbones.Backbone):
-            is_trained = any(parameter.requires_grad for parameter in network.parameters())
-            yield Part(name, network, list(sizes[: method.views_per_backbone]), is_trained)
+    for name, network in backbones_of(method).items():
+        is_trained = any(parameter.requires_grad for parameter in network.parameters())
+        yield Part(name, network, list(sizes[: method.views_per_backbone]), is_trained)
 
 
 def training_flops(method: Method, sizes: Sequence[int]) -> float:

@@ -217,16 +217,7 @@ def statistics(c: Tensor, wrap: Wrap = wrap_triton) -> tuple[Tensor, Tensor]:
 
 
 def apply(
-    c: Tensor,
-    stream: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    slope: Tensor,
-    shift_out: Tensor,
-    threshold: Tensor,
-    residual: str,
-    has_sign: bool,
-    wrap: Wrap = wrap_triton,
+    c: Tensor, stream: Tensor, vectors: list[Tensor], residual: str, has_sign: bool, wrap: Wrap = wrap_triton
 ) -> tuple[Tensor, Tensor]:
     """See `models.halfblock.apply`."""
     rows, channels, stream_channels, height, width = _sizes(c, stream)
@@ -235,7 +226,7 @@ def apply(
     s = torch.empty_like(c) if has_sign else c.new_empty(0)
     grid = (triton.cdiv(rows, bm), triton.cdiv(channels, bc))
     wrap(_apply_kernel)[grid](
-        c, stream, h, s if has_sign else h, scale, shift, slope, shift_out, threshold,
+        c, stream, h, s if has_sign else h, *vectors,
         rows, channels, stream_channels, height, width,
         POOLED=residual == "pooled", DOUBLED=residual == "doubled", SIGN=has_sign, BM=bm, BC=bc,
     )  # fmt: skip
@@ -247,13 +238,7 @@ def backward_sums(
     grad_s: Tensor,
     c: Tensor,
     stream: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    slope: Tensor,
-    shift_out: Tensor,
-    threshold: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
+    vectors: list[Tensor],
     residual: str,
     estimator: str,
     has_sign: bool,
@@ -266,7 +251,7 @@ def backward_sums(
     du = torch.empty_like(c)
     sums = torch.empty(5, parts, channels, dtype=torch.float32, device=c.device)
     wrap(_sums_kernel)[(parts, triton.cdiv(channels, bc))](
-        grad_h, grad_s, c, stream, du, sums, scale, shift, slope, shift_out, threshold, mean, rstd,
+        grad_h, grad_s, c, stream, du, sums, *vectors,
         rows, channels, stream_channels, height, width,
         POOLED=residual == "pooled", DOUBLED=residual == "doubled", SIGN=has_sign,
         QUADRATIC=estimator == "reactnet", ROWS=ROWS, BM=bm, BC=bc,
@@ -288,7 +273,7 @@ _TABLES: dict[Any, Tensor] = {}
 
 
 def weight_signs(weights: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """See `models.binary.signs_and_scales`; a program for each output channel of all weights, in float32."""
+    """See `models.weight_signs.signs_and_scales`; a program for each output channel of all weights, in float32."""
     rows = sum(len(weight) for weight in weights)
     key = tuple((weight.data_ptr(), weight.shape) for weight in weights)
     if key not in _TABLES:  # parameters stay where they are, so that a run makes this once

@@ -26,8 +26,8 @@ class SyncBatchNorm1d(nn.BatchNorm1d):
             one = nn.BatchNorm1d.forward
             return one(self, x) if x.ndim == 2 else torch.stack([one(self, view) for view in x])
         # Sums in float64: E[x^2] - E[x]^2 cancels badly in float32. C is small, so the cost is nothing.
-        wide = x.double()
-        sums = all_reduce_sum(torch.stack((wide.sum(-2), wide.square().sum(-2))))  # [2, C] or [2, V, C]
+        x64 = x.double()
+        sums = all_reduce_sum(torch.stack((x64.sum(-2), x64.square().sum(-2))))  # [2, C] or [2, V, C]
         count = x.shape[-2] * world_size()
         mean = sums[0] / count
         var = (sums[1] / count - mean.square()).clamp(min=0)
@@ -39,7 +39,7 @@ class SyncBatchNorm1d(nn.BatchNorm1d):
                 self.num_batches_tracked += 1
                 self.running_mean.lerp_(one_mean.to(self.running_mean.dtype), self.momentum)
                 self.running_var.lerp_(one_var.to(self.running_var.dtype), self.momentum)
-        normal = (wide - mean.unsqueeze(-2)) * torch.rsqrt(var + self.eps).unsqueeze(-2)
+        normal = (x64 - mean.unsqueeze(-2)) * torch.rsqrt(var + self.eps).unsqueeze(-2)
         return (normal * self.weight + self.bias).to(x.dtype)
 
 

@@ -10,24 +10,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.collectives import all_reduce_sum
-
-
-def wide(x: Tensor) -> Tensor:
-    """16-bit numbers in float32, others as they are."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+from models.precision import at_least_float32
 
 
 def kl_divergence(student_BC: Tensor, teacher_BC: Tensor, temperature: float) -> Tensor:
     """KL(teacher || student) at one temperature for each image: [B]. No T² factor (BURN, KLDivMSE head)."""
-    log_p = F.log_softmax(wide(teacher_BC) / temperature, dim=1)
-    log_q = F.log_softmax(wide(student_BC) / temperature, dim=1)
+    log_p = F.log_softmax(at_least_float32(teacher_BC) / temperature, dim=1)
+    log_q = F.log_softmax(at_least_float32(student_BC) / temperature, dim=1)
     return (log_p.exp() * (log_p - log_q)).sum(dim=1)
 
 
 def feature_similarity(student_BC: Tensor, teacher_BC: Tensor) -> Tensor:
     """‖s/‖s‖ - t/‖t‖‖² = 2 - 2 cos(s, t) for each image: [B] (BURN, L_FS)."""
-    s = F.normalize(wide(student_BC), dim=1, eps=1e-12)
-    t = F.normalize(wide(teacher_BC), dim=1, eps=1e-12)
+    s = F.normalize(at_least_float32(student_BC), dim=1, eps=1e-12)
+    t = F.normalize(at_least_float32(teacher_BC), dim=1, eps=1e-12)
     return (s - t).square().sum(dim=1)
 
 
@@ -37,7 +33,7 @@ def info_nce(query_BD: Tensor, key_BD: Tensor, queue_DK: Tensor, temperature: fl
     Returns:
         The mean loss and the share of queries that are nearest to their own key, both 0-d.
     """
-    query, key, queue = wide(query_BD), wide(key_BD), wide(queue_DK)
+    query, key, queue = at_least_float32(query_BD), at_least_float32(key_BD), at_least_float32(queue_DK)
     positive = (query * key).sum(dim=1, keepdim=True)  # [B, 1]
     logits = torch.cat((positive, query @ queue), dim=1) / temperature  # [B, 1 + K]
     target = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
@@ -47,13 +43,13 @@ def info_nce(query_BD: Tensor, key_BD: Tensor, queue_DK: Tensor, temperature: fl
 
 def cross_entropy_with(target_BC: Tensor, logits_BC: Tensor, temperature: float) -> Tensor:
     """-Σ_c target_c · log softmax(logits / T)_c for each image: [B]; rows of the target sum to 1."""
-    return -(wide(target_BC) * F.log_softmax(wide(logits_BC) / temperature, dim=1)).sum(dim=1)
+    return -(at_least_float32(target_BC) * F.log_softmax(at_least_float32(logits_BC) / temperature, dim=1)).sum(dim=1)
 
 
 def soft_cross_entropy(student_BC: Tensor, teacher_BC: Tensor, temperature: float) -> Tensor:
     """H(softmax(t / T), softmax(s / T)) for each image: [B]. KL divergence plus the teacher's entropy, so with a
     frozen teacher its gradient (S2-BNN, eq. 4; ReActNet's distributional loss at T = 1)."""
-    return cross_entropy_with(F.softmax(wide(teacher_BC) / temperature, dim=1), student_BC, temperature)
+    return cross_entropy_with(F.softmax(at_least_float32(teacher_BC) / temperature, dim=1), student_BC, temperature)
 
 
 @torch.no_grad()
@@ -71,7 +67,7 @@ def sinkhorn(scores_GBK: Tensor, rows_GB: Tensor, epsilon: float, iterations: in
         [G, B, K] in at least float32, rows sum to 1.
     """
     # Cosines are at most 1, so exp of (s - 1)/ε cannot overflow; a common factor changes nothing.
-    plan = torch.exp((wide(scores_GBK) - 1) / epsilon) * rows_GB[..., None]
+    plan = torch.exp((at_least_float32(scores_GBK) - 1) / epsilon) * rows_GB[..., None]
     for _ in range(iterations):
         plan = plan / all_reduce_sum(plan.sum(dim=1, keepdim=True))  # each prototype: 1
         plan = plan / (plan.sum(dim=2, keepdim=True) + (1 - rows_GB[..., None]))  # each image: 1
@@ -87,7 +83,7 @@ def collapse_meters(logits_BC: Tensor, temperature: float) -> dict[str, Tensor]:
         distribution (both log C when the outputs are constant and flat; equal when all images get one answer);
         `std`: mean over the C outputs of their standard deviation over the batch (0 when constant).
     """
-    logits = wide(logits_BC)
+    logits = at_least_float32(logits_BC)
     log_p = F.log_softmax(logits / temperature, dim=1)
     mean = log_p.exp().mean(dim=0)
     return {

@@ -8,20 +8,21 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 
-from models.binary import BinaryConv2d, Estimator, Precision, RPReLU, Shift, binarize_activation, on_signs
-from models.halfblock import HalfBlock, Residual, half_block
+from models.binary import BinaryConv2d, Estimator, Precision, RPReLU, Shift, binarize_activation
+from models.contract import Backbone, BackboneConfig
+from models.halfblock import ChannelParameters, HalfBlock, Residual, half_block
+from models.weight_signs import on_signs
 
 # Output channels of the stem and the 13 blocks, as multiples of the stem's width (ReActNet, table of section 4).
 CHANNEL_MULTIPLES = (1, 2, 4, 4, 8, 8, 16, 16, 16, 16, 16, 16, 32, 32)
 
 
-class Config(BaseModel):
+class Config(BackboneConfig):
     """A ReActNet-A in a recipe. Stage 1 is `weights: real`, stage 2 and single stage `weights: binary`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
     arch: Literal["reactnet"] = "reactnet"
     width: int = Field(default=32, ge=1)
     stem_stride: Literal[1, 2] = 2
@@ -30,6 +31,19 @@ class Config(BaseModel):
     estimator: Estimator = "burn"
     pooled_mlp: bool = True
     """The pooled 1024 -> 1024 layer with ReLU that BURN puts on top (`use_mlp` there)."""
+
+    @property
+    def fusable(self) -> bool:
+        """Half-blocks are fused where convolutions read signs."""
+        return self.activations == "binary"
+
+    def check_side(self, side: int) -> None:
+        """See `check_side`."""
+        check_side(side, self.stem_stride)
+
+    def build(self) -> ReActNet:
+        """See `ReActNet`."""
+        return ReActNet(self)
 
 
 class Block(nn.Module):
@@ -82,7 +96,7 @@ class Block(nn.Module):
         Args:
             stream: the block's input [B, C, H, W], channels_last.
             sign: its signs beyond `shift1`.
-            weights: of both halves, as `binary.on_signs` gives them.
+            weights: of both halves, as `weight_signs.on_signs` gives them.
             threshold: the next block's `shift1` [C'], None after the last block.
 
         Returns:
@@ -110,9 +124,7 @@ def _half(
 ) -> HalfBlock:
     weight, scale = weights
     c = F.conv2d(sign, weight, stride=conv.stride, padding=conv.padding)
-    half = half_block(
-        c,
-        stream,
+    parameters = ChannelParameters(
         gamma=torch.cat([norm.weight for norm in norms]),
         beta=torch.cat([norm.bias for norm in norms]),
         eps=norms[0].eps / scale.square(),
@@ -120,9 +132,8 @@ def _half(
         slope=act.prelu.weight,
         shift_out=act.shift_out.bias.flatten(),
         threshold=threshold,
-        residual=residual,
-        estimator=conv.estimator,
     )
+    half = half_block(c, stream, parameters, residual, conv.estimator)
     with torch.no_grad():
         # Checkpoints hold the statistics of the scaled convolution.
         count = c.numel() // c.shape[1]
@@ -134,7 +145,7 @@ def _half(
     return half
 
 
-class ReActNet(nn.Module):
+class ReActNet(Backbone):
     """ReActNet-A without a classifier.
 
     Args:
@@ -156,13 +167,11 @@ class ReActNet(nn.Module):
         )
         self.out_channels = channels[-1]
         self.fc = nn.Linear(channels[-1], channels[-1]) if config.pooled_mlp else None
-        self.fused = False
-        """Run training steps through `Block.fused`; needs binary activations. State and keys are the same."""
-        self._initialise()
+        self._initialize()
 
-    def _initialise(self) -> None:
+    def _initialize(self) -> None:
         # He-normal, fan_in, ReLU gain for every convolution, the binary ones included; `fc` keeps PyTorch's
-        # default, as in BURN's stage 1 (its single-stage run initialises nothing, which we do not repeat).
+        # default, as in BURN's stage 1 (its single-stage run initializes nothing, which we do not repeat).
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
@@ -176,7 +185,7 @@ class ReActNet(nn.Module):
         for side in x.shape[-2:]:
             check_side(side, self.config.stem_stride)
         x = self.stem(x)
-        if self.fused and self.training:
+        if self.fused and self.config.fusable and self.training:
             return self._fused(x)
         for block in self.blocks:
             x = block(x)

@@ -7,21 +7,25 @@ from typing import Any, Literal
 
 import torch
 import torchvision
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from models.contract import Backbone, BackboneConfig
 
-class Config(BaseModel):
+
+class Config(BackboneConfig):
     """A torchvision ResNet in a recipe: `resnet50` for ImageNet, `resnet18` for small data."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
     arch: Literal["resnet18", "resnet34", "resnet50"]
     stem: Literal["imagenet", "small"] = "imagenet"
     """`small`: a 3x3 stem of stride 1 without max-pooling, for images of 32 to 64 pixels (SimCLR, appendix B.9)."""
 
+    def build(self) -> ResNet:
+        """See `ResNet`."""
+        return ResNet(self)
 
-class ResNet(nn.Module):
+
+class ResNet(Backbone):
     """A torchvision ResNet up to its global average pool.
 
     Keys of `state_dict()` are torchvision's without `fc.*` (318 for ResNet-50), so that its files load as they are.
@@ -38,8 +42,6 @@ class ResNet(nn.Module):
             net.maxpool = nn.Identity()
         for name in ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"):
             self.add_module(name, getattr(net, name))
-        self.folds = False
-        """In evaluation mode, run with BatchNorm folded into the convolutions: for a frozen teacher."""
         self._folded: list[ResNet] = []  # in a list, so that it is no child and not in the state
         self._folded_from: Any = None
 

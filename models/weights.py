@@ -50,6 +50,8 @@ _SAME_ONLY = ("binary_pw", "bn2")
 class WeightsError(ValueError):
     """A weight file that cannot be used; the message names the file, the part and the keys."""
 
+    exit_code = 2
+
 
 def read(path: Path) -> dict[str, State]:
     """Read a weight file into parts (see the table above).

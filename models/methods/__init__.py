@@ -1,21 +1,25 @@
-"""The contract of a training method, and how a recipe's `method.name` finds its file."""
+"""The contract of a training method, and how a recipe's `method.name` finds its file.
+
+A file `models/methods/<name>.py` with a `Config(MethodConfig)`, whose `build` gives its `Method`, is all that a new
+method is; recipes find it by its file name.
+"""
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
 from types import ModuleType
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from models.contract import BackboneConfig, Strict
 
-class MethodConfig(BaseModel):
-    """Base of every method's `Config`: immutable, unknown keys refused, no silent type conversion."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+class MethodConfig(Strict):
+    """Base of every method's `Config`: its keys in a recipe, and what the engine asks a method before it is built."""
+
     num_views: ClassVar[int] = 1
     """Views of each image that the method wants; a property where that depends on keys."""
     takes_more_views: ClassVar[bool] = False
@@ -25,18 +29,49 @@ class MethodConfig(BaseModel):
     get them. Like `num_views` a property where they depend on keys."""
     name: str
 
+    def build(self) -> Method:
+        """The method that these keys describe."""
+        raise NotImplementedError
+
+    @property
+    def networks(self) -> dict[str, BackboneConfig]:
+        """The keys that are backbones."""
+        return {name: value for name, value in self if isinstance(value, BackboneConfig)}
+
+    @property
+    def classes(self) -> int | None:
+        """Classes of the method's classifier, which the `accuracy` evaluation measures; None without one."""
+        return None
+
+    def check_classes(self, count: int) -> None:
+        """Refuse a data set of `count` classes.
+
+        Raises:
+            ValueError: names the key that has another number.
+        """
+
+    def variants(self) -> dict[str, tuple[str, MethodConfig]]:
+        """Faster settings with other targets, which the step benchmark times too: name -> (what differs, keys)."""
+        return {}
+
+    def probing(self, network: BackboneConfig, layer: Literal["features", "pooled"]) -> MethodConfig:
+        """The same linear evaluation of another network.
+
+        Args:
+            network: what is evaluated.
+            layer: its features, or the pooled map below them.
+
+        Raises:
+            ValueError: this method evaluates nothing.
+        """
+        raise ValueError(f"method {self.name} is no linear evaluation")
+
 
 class Method(nn.Module):
-    """What the training loop needs to know of a method.
-
-    A file `models/methods/<name>.py` with a `Config(MethodConfig)` and a `Method(Method)` is all that a
-    new method is; recipes find it by its file name.
-    """
+    """What the training loop needs to know of a method."""
 
     views_per_backbone: int | None = 1
     """How many views each backbone runs, None for all: for the cost that `--dry-run` prints."""
-    classifies: bool = False
-    """Whether the method has `logits`, which the `accuracy` evaluation needs."""
     moved_after_step: tuple[str, ...] = ()
     """Prefixes of the parameters and buffers that `after_step`, not the optimizer, changes."""
 
@@ -44,7 +79,7 @@ class Method(nn.Module):
         """Compute the loss of one micro-batch.
 
         Args:
-            views: tensors [B, 3, H, W], normalised, channels_last, in the precision of `run.amp`.
+            views: tensors [B, 3, H, W], normalized, channels_last, in the precision of `run.amp`.
             label: [B] int64; ignored by the methods that learn without labels.
             values: the scheduled scalars of this step as 0-d tensors on the device.
 
@@ -65,7 +100,7 @@ class Method(nn.Module):
         raise NotImplementedError
 
     def logits(self, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] to class scores [B, classes]; only where `classifies`."""
+        """Images [B, 3, H, W] to class scores [B, classes]; only where the config has `classes`."""
         raise NotImplementedError
 
     @property
@@ -80,7 +115,7 @@ def available() -> list[str]:
 
 
 def load(name: str) -> ModuleType:
-    """Return the module of method `name`, with its `Config` and `Method`.
+    """Return the module of method `name`, with its `Config`.
 
     Raises:
         KeyError: no file of that name.
@@ -90,12 +125,7 @@ def load(name: str) -> ModuleType:
     return importlib.import_module(f"models.methods.{name}")
 
 
-def build(config: MethodConfig) -> Method:
-    """The method that a recipe's `method` section describes."""
-    return load(config.name).Method(config)
-
-
 def on_meta(config: MethodConfig) -> Method:
-    """The same on the meta device: parts, shapes and costs without memory."""
+    """The method on the meta device: parts, shapes and costs without memory."""
     with torch.device("meta"):
-        return build(config)
+        return config.build()

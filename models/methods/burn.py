@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from models import backbones
 from models.heads import MLP
 from models.losses import collapse_meters, feature_similarity, kl_divergence
-from models.methods import Method as Base
-from models.methods import MethodConfig
+from models.methods import Method, MethodConfig
 from models.reactnet import Config as ReActNetConfig
 
 
@@ -40,8 +39,19 @@ class Config(MethodConfig):
     """Statistics of the frozen extractor: of each batch, as everything visible of the authors' set-up does,
     or its own running ones (targets independent of the batch)."""
 
+    def build(self) -> Burn:
+        """See `Burn`."""
+        return Burn(self)
 
-class Method(Base):
+    def variants(self) -> dict[str, tuple[str, MethodConfig]]:
+        """A teacher that normalizes by its own statistics can fold them into its convolutions."""
+        if self.teacher_bn == "eval":
+            return {}
+        what = "and the teacher's own running statistics (other targets than the reference's)"
+        return {"teacher_bn eval": (what, self.model_copy(update={"teacher_bn": "eval"}))}
+
+
+class Burn(Method):
     """L = ℓ(s1, t2) + ℓ(s2, t1) with ℓ = mean of (1 - λ)·FS + λ·KL; λ is the scheduled scalar `balance`."""
 
     views_per_backbone = 2
@@ -49,13 +59,13 @@ class Method(Base):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
-        self.student = backbones.build(config.student)
+        self.student = config.student.build()
         self.student_head = MLP(self.student.out_channels, config.hidden_dim, config.out_dim, norm=True)
         self.teacher = backbones.frozen(config.teacher, folds=config.teacher_bn == "eval")
         self.teacher_head = MLP(self.teacher.out_channels, config.hidden_dim, config.out_dim, norm=True)
         self.teacher_head.requires_grad_(config.target_gradient != "none")
 
-    def train(self, mode: bool = True) -> Method:
+    def train(self, mode: bool = True) -> Burn:
         """Keep the extractor in evaluation mode where the recipe says so."""
         super().train(mode)
         if self.config.teacher_bn == "eval":

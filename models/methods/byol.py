@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from models import backbones
 from models.heads import MLP
-from models.losses import feature_similarity, wide
-from models.methods import Method as Base
-from models.methods import MethodConfig
-from models.methods.moco import follow
+from models.losses import feature_similarity
+from models.methods import Method, MethodConfig
+from models.momentum import update_average
+from models.precision import at_least_float32
 
 
 class Config(MethodConfig):
@@ -28,8 +28,12 @@ class Config(MethodConfig):
     hidden_dim: int = Field(default=4096, ge=1)
     out_dim: int = Field(default=256, ge=1)
 
+    def build(self) -> Byol:
+        """See `Byol`."""
+        return Byol(self)
 
-class Method(Base):
+
+class Byol(Method):
     """L = sum over both directions of the mean of 2 - 2 cos(prediction of one view, target of the other).
 
     The target's BatchNorm uses batch statistics and keeps running ones of its own: buffers do not follow, only
@@ -42,7 +46,7 @@ class Method(Base):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
-        self.backbone = backbones.build(config.backbone)
+        self.backbone = config.backbone.build()
         self.head = MLP(self.backbone.out_channels, config.hidden_dim, config.out_dim, norm=True)
         self.predictor = MLP(config.out_dim, config.hidden_dim, config.out_dim, norm=True)
         for layer in (self.predictor.fc0, self.predictor.fc1):
@@ -57,13 +61,13 @@ class Method(Base):
         with torch.no_grad():
             targets = self.target_head(torch.stack([self.target_backbone(view) for view in views]))
         one, two = (feature_similarity(predictions[v], targets[1 - v]).mean() for v in range(2))
-        unit = F.normalize(wide(targets[0]), dim=1)
+        unit = F.normalize(at_least_float32(targets[0]), dim=1)
         return {"loss": one + two, "target_std": unit.std(dim=0, correction=0).mean()}
 
     def after_step(self, values: dict[str, float]) -> None:
         """Move the target towards the online network."""
-        follow(self.target_backbone, self.backbone, values["momentum"])
-        follow(self.target_head, self.head, values["momentum"])
+        update_average(self.target_backbone, self.backbone, values["momentum"])
+        update_average(self.target_head, self.head, values["momentum"])
 
     def outputs(self, features: Tensor) -> Tensor:
         """The unit projection over 0.2, read as logits as S2-BNN does: BYOL has no distribution of its own."""

@@ -13,10 +13,10 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from models import backbones
-from models.losses import soft_cross_entropy, wide
-from models.methods import Method as Base
-from models.methods import MethodConfig
-from models.reactnet import ReActNet
+from models.contract import BackboneConfig
+from models.losses import soft_cross_entropy
+from models.methods import Method, MethodConfig
+from models.precision import at_least_float32
 
 
 class Config(MethodConfig):
@@ -40,6 +40,25 @@ class Config(MethodConfig):
             raise ValueError(f"teacher: expected with trains: all only, got trains: {self.trains}")
         return self
 
+    def build(self) -> Classify:
+        """See `Classify`."""
+        return Classify(self)
+
+    @property
+    def classes(self) -> int:
+        """As the recipe says."""
+        return self.num_classes
+
+    def check_classes(self, count: int) -> None:
+        """Every label needs an output, and every output a label."""
+        if count != self.num_classes:
+            raise ValueError(f"the recipe expects method.num_classes={self.num_classes}")
+
+    def probing(self, network: BackboneConfig, layer: Literal["features", "pooled"]) -> MethodConfig:
+        """The classifier alone trains, on the chosen layer."""
+        is_below = layer == "pooled" and getattr(network, "pooled_mlp", False)
+        return self.model_copy(update={"backbone": network, **({"trains": "pre-fc"} if is_below else {})})
+
     @model_validator(mode="after")
     def _needs_fc(self) -> Config:
         fc_protocols = ("burn-release", "pre-fc")
@@ -48,15 +67,13 @@ class Config(MethodConfig):
         return self
 
 
-class Method(Base):
+class Classify(Method):
     """Cross-entropy of a linear layer on the features; what is frozen stays in evaluation mode."""
-
-    classifies = True
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
-        self.backbone = backbones.build(config.backbone)
+        self.backbone = config.backbone.build()
         self.classifier = nn.Linear(self.backbone.out_channels, config.num_classes)
         nn.init.normal_(self.classifier.weight, std=0.01)  # as BURN's linear head
         nn.init.zeros_(self.classifier.bias)
@@ -66,10 +83,9 @@ class Method(Base):
         if config.trains != "all":
             self.backbone.requires_grad_(False)
             if config.trains == "burn-release":
-                assert isinstance(self.backbone, ReActNet) and self.backbone.fc is not None
-                self.backbone.fc.requires_grad_(True)
+                self.backbone.get_submodule("fc").requires_grad_(True)
 
-    def train(self, mode: bool = True) -> Method:
+    def train(self, mode: bool = True) -> Classify:
         """Switch the classifier; a frozen backbone never leaves evaluation mode."""
         super().train(mode)
         if self.config.trains != "all":
@@ -85,12 +101,10 @@ class Method(Base):
         if self.config.trains == "linear":
             with torch.no_grad():
                 return self.backbone(images)
-        assert isinstance(self.backbone, ReActNet)
         with torch.no_grad():
             pooled = self.backbone.pooled(images)
         if self.config.trains == "burn-release":
-            assert self.backbone.fc is not None
-            return F.relu(self.backbone.fc(pooled))
+            return F.relu(self.backbone.get_submodule("fc")(pooled))
         return pooled
 
     def logits(self, images: Tensor) -> Tensor:
@@ -99,7 +113,7 @@ class Method(Base):
 
     def forward(self, views: list[Tensor], label: Tensor, values: dict[str, Tensor]) -> dict[str, Tensor]:
         """One view [B, 3, H, W] and labels [B] to the cross-entropy."""
-        logits = wide(self.logits(views[0]))
+        logits = at_least_float32(self.logits(views[0]))
         hits = (logits.detach().argmax(dim=1) == label).float().mean()
         if self.config.teacher is None:
             return {"loss": F.cross_entropy(logits, label), "train_top1": hits}

@@ -16,7 +16,7 @@ from models import backbones
 from models.heads import MLP
 from models.losses import collapse_meters, soft_cross_entropy
 from models.methods import MethodConfig
-from models.methods.moco import Contrast, QueryEncoder
+from models.momentum import Contrast, QueryEncoder
 
 
 class Config(MethodConfig):
@@ -44,8 +44,12 @@ class Config(MethodConfig):
         """The momentum of the key encoder, where there is one."""
         return ("momentum",) if self.contrast else ()
 
+    def build(self) -> S2BNN:
+        """See `S2BNN`."""
+        return S2BNN(self)
 
-class Method(QueryEncoder):
+
+class S2BNN(QueryEncoder):
     """Soft cross-entropy of the student's embedding under the frozen teacher's, coordinates read as classes."""
 
     def __init__(self, config: Config) -> None:
@@ -59,7 +63,7 @@ class Method(QueryEncoder):
             self.contrast = Contrast(self.backbone, self.head, config.out_dim, config.queue_size, config.temperature)
             self.moved_after_step = ("contrast.",)
 
-    def train(self, mode: bool = True) -> Method:
+    def train(self, mode: bool = True) -> S2BNN:
         """Keep the teacher in evaluation mode."""
         super().train(mode)
         self.teacher.eval()

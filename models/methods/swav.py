@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from models import backbones, collectives
 from models.heads import MLP
-from models.losses import cross_entropy_with, sinkhorn, wide
-from models.methods import Method as Base
-from models.methods import MethodConfig
+from models.losses import cross_entropy_with, sinkhorn
+from models.methods import Method, MethodConfig
+from models.precision import at_least_float32
 
 
 class Config(MethodConfig):
@@ -33,13 +33,17 @@ class Config(MethodConfig):
     num_prototypes: int = Field(default=3000, ge=2)
     temperature: float = Field(default=0.1, gt=0)
     epsilon: float = Field(default=0.05, gt=0)
-    """Sinkhorn's entropy regularisation."""
+    """Sinkhorn's entropy regularization."""
     sinkhorn_iterations: int = Field(default=3, ge=1)
     queue_size: int = Field(default=0, ge=0)
     """Embeddings of earlier steps that join the assignment of each of the two assigning views; over all ranks."""
 
+    def build(self) -> SwAV:
+        """See `SwAV`."""
+        return SwAV(self)
 
-class Method(Base):
+
+class SwAV(Method):
     """The first two views assign, all others are predicted: ℓ_i = mean over v ≠ i of H(q_i, softmax(s_v / T)).
 
     Queue and prototypes are the same on all ranks; each rank takes its share of the queue into the assignment, so
@@ -54,27 +58,27 @@ class Method(Base):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
-        self.backbone = backbones.build(config.backbone)
+        self.backbone = config.backbone.build()
         self.head = MLP(self.backbone.out_channels, config.hidden_dim, config.out_dim, norm=True)
         self.prototypes = nn.Linear(config.out_dim, config.num_prototypes, bias=False)
         # Newest first, zeros until filled.
         self.register_buffer("queue", torch.zeros(2, config.queue_size, config.out_dim))
         self._new: list[Tensor] = []
-        self._normalise()
+        self._normalize_prototypes()
 
     def forward(self, views: list[Tensor], label: Tensor, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """V >= 2 views [B, 3, H, W] to the swapped prediction loss; neighbours of one size go through the backbone
+        """V >= 2 views [B, 3, H, W] to the swapped prediction loss; neighbors of one size go through the backbone
         in one call, so that BatchNorm's statistics are per resolution."""
         size = len(views[0])
         features = torch.cat([self.backbone(images) for images in by_size(views)])  # [V·B, D]
-        embedding = F.normalize(wide(self.head(features)), dim=1)
+        embedding = F.normalize(at_least_float32(self.head(features)), dim=1)
         # Float32 whatever autocast says: exp(s / 0.05) makes a 16-bit rounding of s a percent of the assignment.
         with torch.autocast(embedding.device.type, enabled=False):
             weight = self.prototypes.weight.to(embedding.dtype)
             scores = (embedding @ weight.T).unflatten(0, (len(views), size))  # [V, B, K]
             with torch.no_grad():
                 kept = embedding[: 2 * size].unflatten(0, (2, size))  # [2, B, D]
-                assignment = self._assign(kept, scores[:2], weight, values["queue"])
+                assignment = self.assign(kept, scores[:2], weight, values["queue"])
         losses = [
             torch.stack(
                 [
@@ -92,7 +96,7 @@ class Method(Base):
             "target_entropy_of_mean": -torch.special.xlogy(mean, mean).sum(),
         }
 
-    def _assign(self, embedding: Tensor, scores: Tensor, weight: Tensor, queue_on: Tensor) -> Tensor:
+    def assign(self, embedding: Tensor, scores: Tensor, weight: Tensor, queue_on: Tensor) -> Tensor:
         """[2, B, D] and their scores [2, B, K] to assignments [2, B, K] whose rows sum to 1."""
         rows = torch.ones(scores.shape[:2], dtype=scores.dtype, device=scores.device)
         if self.config.queue_size:
@@ -113,14 +117,14 @@ class Method(Base):
     @torch.no_grad()
     def after_step(self, values: dict[str, float]) -> None:
         """Bring the prototypes back to unit length; put this step's embeddings into the queues."""
-        self._normalise()
+        self._normalize_prototypes()
         if self._new and values["queue"] > 0:
             new = collectives.all_gather(torch.cat(self._new)).transpose(0, 1).to(self.queue.dtype)  # [2, N, D]
             self.queue.copy_(torch.cat((new, self.queue), dim=1)[:, : self.config.queue_size])
         self._new.clear()
 
     @torch.no_grad()
-    def _normalise(self) -> None:
+    def _normalize_prototypes(self) -> None:
         weight = self.prototypes.weight
         weight.copy_(F.normalize(weight, dim=1))
 
@@ -135,7 +139,7 @@ class Method(Base):
 
 
 def by_size(views: list[Tensor]) -> list[Tensor]:
-    """Neighbouring views of one size as one batch, view after view."""
+    """Neighboring views of one size as one batch, view after view."""
     groups: list[list[Tensor]] = []
     for view in views:
         if groups and groups[-1][0].shape == view.shape:

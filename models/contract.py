@@ -1,0 +1,51 @@
+"""What a backbone offers. A method's contract is in `models/methods/__init__.py`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+
+class Strict(BaseModel):
+    """A section of a recipe: unknown keys refused, no silent type conversion, never changed. `loaders.config` has the
+    same for loaders, which share nothing with models."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class BackboneConfig(Strict):
+    """Base of the backbones' `Config`s; their field `arch` tells them apart."""
+
+    arch: Any
+
+    @property
+    def fusable(self) -> bool:
+        """Whether the network has a fused form of its training step (`run.kernels: fused`)."""
+        return False
+
+    def check_side(self, side: int) -> None:
+        """Refuse an image side in pixels that the network cannot take.
+
+        Raises:
+            ValueError: names the nearest legal sides.
+        """
+
+    def build(self) -> Backbone:
+        """The network, randomly initialized."""
+        raise NotImplementedError
+
+
+class Backbone(nn.Module):
+    """Base of the backbones: images [B, 3, H, W] to features [B, `out_channels`]."""
+
+    out_channels: int
+    fused: bool = False
+    """Run training steps in the fused form, where the config is `fusable`; state and keys stay the same."""
+    folds: bool = False
+    """In evaluation mode, run with BatchNorm folded into the convolutions, where the network can."""
+
+    def pooled(self, x: Tensor) -> Tensor:
+        """Images [B, 3, H, W] to the pooled last map [B, C]; the features, where nothing follows it."""
+        return self(x)
