@@ -18,20 +18,14 @@ from typing import IO, Any, cast
 import torch
 from torch import Tensor, nn
 
+from engine.errors import CheckpointError, NotFiniteState
 from engine.log import logger
 from engine.recipe import InitConfig
+from loaders.files import aside
 from models import weights
 
 FORMAT = 2
 _NAME = re.compile(r"step-(\d{9})-([0-9a-f]{16})\.pt")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be written or used; the message names the file."""
-
-
-class NotFiniteError(CheckpointError):
-    """The state to be saved holds a number that is not finite."""
 
 
 class _HashingFile(io.RawIOBase):
@@ -44,10 +38,6 @@ class _HashingFile(io.RawIOBase):
         self.digest.update(data)
         return self._file.write(data)
 
-    def sync(self) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
     def close(self) -> None:
         self._file.close()
         super().close()
@@ -57,27 +47,23 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
     """Write a checkpoint, then delete all but the newest `keep`.
 
     Raises:
-        NotFiniteError: a tensor of the method is not finite; the last good checkpoint stays.
+        NotFiniteState: a tensor of the method is not finite; the last good checkpoint stays.
         CheckpointError: the disk refuses (full, no permission); nothing half-written is left behind.
     """
     broken = [name for name, value in state["method"].items() if not _is_finite(value)]
     if broken:
-        raise NotFiniteError(
+        raise NotFiniteState(
             f"{folder}: step {step} is not saved, not finite: {', '.join(broken[:5])}; the last good checkpoint stays"
         )
-    aside = folder / f".step-{step:09d}.{os.getpid()}.part"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for left in folder.glob(".step-*.part"):  # of a run that was killed while saving
             left.unlink()
-        with _HashingFile(aside) as file:
-            torch.save({"format": FORMAT, "step": step, **state}, cast(IO[bytes], file))
-            file.sync()
-        path = folder / f"step-{step:09d}-{file.digest.hexdigest()[:16]}.pt"
-        os.replace(aside, path)
-        _sync_folder(folder)
+        with aside(folder / f"step-{step:09d}", durable=True) as out:
+            with _HashingFile(out.part) as file:
+                torch.save({"format": FORMAT, "step": step, **state}, cast(IO[bytes], file))
+            out.path = path = folder / f"step-{step:09d}-{file.digest.hexdigest()[:16]}.pt"
     except (OSError, RuntimeError) as error:  # torch.save turns some write errors into RuntimeError
-        aside.unlink(missing_ok=True)
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
         raise CheckpointError(f"{folder}: step {step} cannot be saved: {reason}") from error
     others = [old for old in _newest_first(folder) if old != path]
@@ -88,7 +74,7 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
 
 
 def latest(folder: Path) -> tuple[Path | None, list[Path]]:
-    """The newest checkpoint whose content matches its hash, and the damaged ones that were passed over."""
+    """The newest checkpoint whose content matches its hash, and the damaged ones that were skipped."""
     damaged: list[Path] = []
     for path in _newest_first(folder):
         if is_intact(path):
@@ -143,7 +129,7 @@ def source(init: InitConfig) -> Path:
     return path
 
 
-def initialise(module: nn.Module, init: InitConfig) -> None:
+def initialize(module: nn.Module, init: InitConfig) -> None:
     """Load parts of a source into a method's children, strictly.
 
     Raises:
@@ -176,11 +162,3 @@ def _newest_first(folder: Path) -> Iterator[Path]:
 
 def _is_finite(value: Any) -> bool:
     return not isinstance(value, Tensor) or not value.is_floating_point() or bool(value.isfinite().all())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,43 +1,14 @@
-"""What a recipe will do, before any device is touched: its parts, steps, cost, and what is missing to run it."""
+"""What a recipe will do, before any device is touched: its parts, steps and cost."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import loaders
-from engine import checkpoint
+from engine.errors import RecipeError
 from engine.optim import is_weight
-from engine.recipe import Recipe, RecipeError, micro_steps
+from engine.preflight import missing
+from engine.recipe import Recipe, micro_steps
 from engine.schedules import Horizon, to_steps, value
-from loaders.index import is_there
 from models import cost, methods
-
-
-def missing(recipe: Recipe, *, resumes: bool = False) -> list[str]:
-    """What the recipe names and this machine does not have, each with what to do.
-
-    Args:
-        resumes: a run that has a checkpoint needs no `init` any more.
-    """
-    problems = []
-    data = recipe.data
-    if lacks := loaders.load(data.backend).missing():
-        problems.append(lacks)
-    if data.backend != "synthetic":
-        for split in ("train", *(["val"] if recipe.evals else [])):
-            root = getattr(data, split)
-            if root is None or not is_there(Path(root)):
-                problems.append(
-                    f"data.{split}: no folder {root}; expected one folder of images per class, "
-                    f"set data.{split}=/path/to/{split}"
-                )
-    has_checkpoint = resumes and checkpoint.latest(recipe.folder / "checkpoints")[0] is not None
-    for number, init in enumerate(() if has_checkpoint else recipe.init):
-        try:
-            checkpoint.source(init)
-        except checkpoint.CheckpointError as error:
-            problems.append(f"init.{number}.from: {str(error).removeprefix('init.from: ')}")
-    return problems
 
 
 def describe(recipe: Recipe) -> str:
@@ -48,7 +19,7 @@ def describe(recipe: Recipe) -> str:
     """
     lines = [recipe.dump().rstrip(), "", f"recipe hash      {recipe.hash}"]
     problems = missing(recipe)
-    horizon = _horizon(recipe, no_data=any(problem.startswith("data.train") for problem in problems))
+    horizon = _horizon(recipe, no_data=any(problem.key == "data.train" for problem in problems))
     lines += _length(recipe, horizon)
     method = methods.on_meta(recipe.method)
     lines += _parameters(recipe, method)
@@ -114,7 +85,7 @@ def _cost(recipe: Recipe, method: methods.Method, images: float | None) -> list[
         lines.append(f"{part.name:24}{float_gmacs:>14.3f}{binary_gmacs:>14.3f}{ops:>11.4f}")
     flops = cost.training_flops(method, sizes)
     total = f", {flops * images / 1e18:.3g} EFLOP for the run" if images else ""
-    lines.append(f"training: {flops / 1e9:.1f} GFLOP an image in the backbones (2 per multiply-accumulate){total}")
+    lines.append(f"training: {flops / 1e9:.1f} GFLOP per image in the backbones (2 per multiply-accumulate){total}")
     for name, speed in cost.predictions(flops, cost.eager_traffic(method, sizes)).items():
         hours = f", {images / speed / 3600:,.1f} hours" if images else ""
         lines.append(f"predicted on one {name}: {speed:,.0f} images/s{hours} ({cost.GPUS[name].source} ceilings)")

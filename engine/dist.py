@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable
 from datetime import timedelta
@@ -10,8 +11,10 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from engine.recipe import RecipeError
+from engine.errors import DeviceError, EngineError, RankError, RecipeError
+from loaders import Place, machine
 
 T = TypeVar("T")
 
@@ -30,6 +33,11 @@ class World(NamedTuple):
         """Whether this rank writes files and logs."""
         return self.rank == 0
 
+    @property
+    def place(self) -> Place:
+        """What a loader has to know of this."""
+        return Place(self.rank, self.world_size, self.local_world_size, self.device)
+
 
 def environment_rank(*, local: bool = False) -> int:
     """This process's rank in the run, or on its machine, as torchrun gives it before the group exists."""
@@ -40,7 +48,7 @@ def start(device: str, timeout_seconds: int) -> World:
     """Join the process group that torchrun describes (NCCL on GPUs, gloo on CPUs), or run alone without it.
 
     Raises:
-        RecipeError: a GPU is asked for and there is none, or fewer than ranks on this machine.
+        DeviceError: a GPU is asked for and there is none, or fewer than ranks on this machine.
     """
     rank, world_size, local_rank, local_world_size = (
         int(os.environ.get(name, default))
@@ -49,24 +57,42 @@ def start(device: str, timeout_seconds: int) -> World:
     gpus = torch.cuda.device_count()
     if device == "cuda" or (device == "auto" and gpus):
         if gpus < local_world_size:
-            raise RecipeError(
+            raise DeviceError(
                 f"run.device: {local_world_size} ranks on this machine want a GPU each, found {gpus}; "
                 "start fewer with --nproc_per_node or set run.device=cpu"
             )
-        place = torch.device("cuda", local_rank)
-        torch.cuda.set_device(place)
+        here = torch.device("cuda", local_rank)
+        torch.cuda.set_device(here)
     else:
-        place = torch.device("cpu")
-        cores = len(os.sched_getaffinity(0))
-        torch.set_num_threads(max(1, cores // local_world_size))
-    world = World(rank, world_size, local_rank, local_world_size, place)
+        here = torch.device("cpu")
+        torch.set_num_threads(max(1, machine.cores() // local_world_size))
     if world_size > 1:
         dist.init_process_group(
-            "nccl" if place.type == "cuda" else "gloo",
+            "nccl" if here.type == "cuda" else "gloo",
             timeout=timedelta(seconds=timeout_seconds),
-            device_id=place if place.type == "cuda" else None,
+            device_id=here if here.type == "cuda" else None,
         )
-    return world
+    return World(rank, world_size, local_rank, local_world_size, here)
+
+
+def wrap(method: nn.Module, world: World, *, accumulates: bool) -> nn.Module:
+    """The module to call in training: on several ranks one that averages gradients over them.
+
+    Args:
+        accumulates: whether some backward passes run under `no_sync`.
+    """
+    if world.world_size == 1:
+        return method
+    # Statistics of BatchNorm stay per rank, as in the reference; evaluations use rank 0's.
+    # The key that says so has a new name since PyTorch 2.15.
+    names = inspect.signature(DistributedDataParallel).parameters
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
+    options: dict[str, Any] = {buffers: False, "gradient_as_bucket_view": True}
+    # With accumulation a static graph needs its first step to be reduced with every micro-step (PyTorch 2.14
+    # asserts it), which rounds differently: a resumed run would no longer be bit-identical.
+    options["static_graph"] = not accumulates
+    device_ids = [world.device] if world.device.type == "cuda" else None
+    return DistributedDataParallel(method, device_ids=device_ids, **options)
 
 
 def stop() -> None:
@@ -94,21 +120,21 @@ def together(action: Callable[[], T]) -> T:
     """Do something that can fail on every rank; where it fails on one, all raise and none waits for it.
 
     Raises:
-        ValueError, OSError: what `action` raised here.
-        RecipeError: what it raised on another rank, which is named.
+        EngineError, ValueError, OSError: what `action` raised here.
+        RankError: what it raised on another rank, which is named.
     """
     result: T | None = None
-    error: ValueError | OSError | None = None
+    error: EngineError | ValueError | OSError | None = None
     try:
         result = action()
-    except (ValueError, OSError) as caught:
+    except (EngineError, ValueError, OSError) as caught:
         error = caught
     errors = gather_objects(str(error) if error else None)
     if error:
         raise error
     for rank, text in enumerate(errors):
         if text is not None:
-            raise RecipeError(f"rank {rank}: {text}")
+            raise RankError(rank, text)
     return cast(T, result)
 
 

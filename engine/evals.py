@@ -55,7 +55,7 @@ def _knn(
     bank, bank_label = (dist.gather_rows(part) for part in _features(network, data, indices["train"], rows, world))
     query, query_label = _features(network, data, indices["val"], None, world)
     # Every rank classifies its own share of the validation images against the whole bank.
-    predicted = knn(bank, bank_label, query, len(indices["train"].classes), config.neighbours, config.temperature)
+    predicted = knn(bank, bank_label, query, len(indices["train"].classes), config.neighbors, config.temperature)
     hits = (predicted == query_label).sum()
     counts = torch.stack((hits, torch.tensor(len(query), device=hits.device))).double()
     top1, images_seen = dist.total(counts).tolist()
@@ -63,9 +63,9 @@ def _knn(
 
 
 def knn(
-    bank: Tensor, bank_label: Tensor, query: Tensor, num_classes: int, neighbours: int, temperature: float
+    bank: Tensor, bank_label: Tensor, query: Tensor, num_classes: int, neighbors: int, temperature: float
 ) -> Tensor:
-    """Weighted k-nearest-neighbour vote by cosine, weights exp(cos / T) (Wu et al. 2018, section 3.4).
+    """Weighted k-nearest-neighbor vote by cosine, weights exp(cos / T) (Wu et al. 2018, section 3.4).
 
     Args:
         bank, query: features [N, D] and [M, D].
@@ -77,9 +77,9 @@ def knn(
     bank, query = F.normalize(bank.float(), dim=1), F.normalize(query.float(), dim=1)
     predicted = []
     for chunk in query.split(1024):
-        similarity, place = (chunk @ bank.T).topk(min(neighbours, len(bank)), dim=1)  # [m, k]
+        similarity, nearest = (chunk @ bank.T).topk(min(neighbors, len(bank)), dim=1)  # [m, k]
         votes = torch.zeros(len(chunk), num_classes, device=bank.device)
-        votes.scatter_add_(1, bank_label[place], (similarity / temperature).exp())
+        votes.scatter_add_(1, bank_label[nearest], (similarity / temperature).exp())
         predicted.append(votes.argmax(dim=1))
     return torch.cat(predicted) if predicted else bank_label.new_empty(0)
 
@@ -98,15 +98,7 @@ def _features(
 
 
 def _batches(data: DataConfig, index: Index, rows: list[int] | None, world: World) -> Iterator[tuple[Tensor, Tensor]]:
-    loader = loaders.open_eval(
-        data,
-        index,
-        rows=rows,
-        rank=world.rank,
-        world_size=world.world_size,
-        local_world_size=world.local_world_size,
-        device=world.device,
-    )
+    loader = loaders.open_eval(data, index, rows=rows, place=world.place)
     try:
         for batch in loader:
             if len(batch.label):

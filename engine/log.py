@@ -8,12 +8,9 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
-import platform
-import subprocess
+import resource
 import sys
 import time
-from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -23,7 +20,6 @@ from tqdm import tqdm
 
 from engine import dist
 from engine.schedules import Horizon
-from loaders import turbo
 
 logger = logging.getLogger("burn")
 
@@ -35,42 +31,6 @@ def to_console(is_main: bool) -> None:
     """Show log lines of rank 0, warnings of the others, on standard error."""
     logging.basicConfig(format="%(message)s", stream=sys.stderr, force=True)
     logger.setLevel(logging.INFO if is_main else logging.WARNING)
-
-
-def environment() -> dict[str, Any]:
-    """What a result depends on beside its recipe."""
-    here = Path(__file__).parent
-    return {
-        "commit": _git(here, "rev-parse", "HEAD"),
-        "uncommitted_changes": bool(_git(here, "status", "--porcelain")),
-        "python": platform.python_version(),
-        "versions": versions(),
-        "cpu": platform.processor() or platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "cuda": torch.version.cuda,
-        "argv": sys.argv,
-    }
-
-
-def versions() -> dict[str, str]:
-    """Of the packages that numbers and pixels depend on."""
-    packages = ("torchvision", "numpy", "pillow", "nvidia-dali-cuda120", "nvidia-dali-cuda130")
-    found: dict[str, str] = {"torch": str(torch.__version__)}
-    if not turbo.why_missing():
-        found["libjpeg-turbo"] = turbo.libjpeg_version()
-    for package in packages:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[package] = metadata.version(package)
-    return found
-
-
-def _git(folder: Path, *arguments: str) -> str | None:
-    try:
-        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
 
 
 class Meter:
@@ -165,8 +125,6 @@ def _memory_bytes() -> int:
     """Peak memory: of the GPU if there is one, else of this process."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
-    import resource
-
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
@@ -175,14 +133,14 @@ class RunLog:
 
     Args:
         folder: the run folder.
-        step: rows after this step, of a run that was killed, are dropped.
+        rows: where its rows go, one line of JSON each.
+        step: the run goes on after this one.
     """
 
-    def __init__(self, folder: Path, horizon: Horizon, step: int) -> None:
+    def __init__(self, folder: Path, rows: TextIO, horizon: Horizon, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.horizon = horizon
-        self._rows: TextIO = _open_rows(folder / "metrics.jsonl", step)
+        self.horizon, self._rows = horizon, rows
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
         self._bar = tqdm(
             total=horizon.total_steps, initial=step, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty()
@@ -223,21 +181,6 @@ class RunLog:
         with contextlib.suppress(OSError):
             self._board.close()
             self._rows.close()
-
-
-def _open_rows(path: Path, step: int) -> TextIO:
-    kept = []
-    if step and path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line)
-            except (ValueError, KeyError):
-                pass  # the last line of a run that was killed while writing it
-    aside = path.with_suffix(".part")
-    aside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    os.replace(aside, path)
-    return open(path, "a", encoding="utf-8")
 
 
 def _line(step: int, horizon: Horizon, scalars: dict[str, Any], evaluation: str | None) -> str:

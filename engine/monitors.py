@@ -22,9 +22,9 @@ class Monitors:
     |---|---|
     | `binary/sign_flips` | share of binary weights whose sign differs from that at the last log |
     | `binary/latent_beyond_one` | share of latent weights outside [-1, 1] |
-    | `binary/dead_channels` | share of input channels with one sign for all images and places: they tell nothing |
+    | `binary/dead_channels` | share of input channels with one sign for all images and positions: they tell nothing |
     | `binary/saturated_channels` | share that is outside [-1, 1] everywhere: clip-STE passes no gradient |
-    | `features/rank` | exp of the entropy of the normalised singular values (RankMe, Garrido et al. 2023, eq. 1) |
+    | `features/rank` | exp of the entropy of the normalized singular values (RankMe, Garrido et al. 2023, eq. 1) |
     | `outputs/entropy` | mean entropy of `Method.outputs`, in nats |
     | `outputs/entropy_of_mean` | entropy of their mean distribution; both near 0: one answer for all |
 

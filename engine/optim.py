@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from engine.recipe import OptimConfig, RecipeError
+from engine.errors import RecipeError
+from engine.recipe import OptimConfig
 
 
 def build(config: OptimConfig, module: nn.Module) -> torch.optim.Optimizer:

@@ -5,41 +5,34 @@ The sections of methods and loader back ends are declared beside their code (`Co
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import re
-import typing
-from collections.abc import Hashable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator, model_validator
+from pydantic import Field, ValidationError, create_model, field_validator, model_validator
 
 import loaders
+from engine import precision, strict_yaml
+from engine.errors import RecipeError
+from engine.explain import explain, suggest
+from engine.log import logger
 from engine.schedules import PositiveDuration, Schedule
 from models import methods
-from models.reactnet import Config as ReActNetConfig
-from models.reactnet import check_side
+from models.contract import Strict
 
-_MAX_BYTES = 1_000_000
-
-
-class RecipeError(ValueError):
-    """A recipe that cannot be run; one line with the file, the key and what was expected."""
-
-
-class Section(BaseModel):
-    """A part of a recipe or table: unknown keys refused, no silent type conversion, never changed."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, validate_by_name=False)
+RENAMED = {"evals.*.neighbours": "neighbors"}
+"""Keys of older recipes -> what they are called now, `*` for any one name; such recipes still load."""
 
 
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 
 
-class OptimConfig(Section):
+class OptimConfig(Strict):
     """The optimizer; its learning rate and weight decay are in `schedules`."""
 
     name: Literal["adam", "adamw", "sgd", "lars", "larc"]
@@ -54,7 +47,7 @@ class OptimConfig(Section):
     with more than one axis of length above 1 (so neither biases, nor BatchNorm, PReLU slopes and learned shifts)."""
     trust: float = Field(default=1e-3, gt=0)
     """lars, larc: a tensor's step at lr 1, as a share of its own norm."""
-    lr_scale: dict[str, Annotated[float, Field(gt=0)]] = {}
+    lr_scale: dict[str, Annotated[float, Field(gt=0)]] = Field(default={})
     """Part of the method -> factor on its learning rate, 1 where a part is not named."""
 
     @model_validator(mode="after")
@@ -64,15 +57,16 @@ class OptimConfig(Section):
         return self
 
 
-class RunConfig(Section):
+class RunConfig(Strict):
     """Length and machinery of a run."""
 
     duration: PositiveDuration
     device: Literal["auto", "cpu", "cuda"] = "auto"
     amp: Literal["off", "bf16", "fp16"] = "off"
+    """In a recipe also `auto`: fp16 on a GPU, as the paper; on a CPU bf16 where it computes in it, else off."""
     channels_last: bool = True
     compile: bool = False
-    compile_options: dict[str, bool | int | float | str] = {}
+    compile_options: dict[str, bool | int | float | str] = Field(default={})
     """Settings of `torch._inductor.config` for the compiled backbones, such as {combo_kernels: true}."""
     kernels: Literal["torch", "fused"] = "torch"
     """`fused`: half-blocks of the binary network in one pass each (`models/halfblock.py`), by Triton on a GPU. Not the
@@ -109,18 +103,18 @@ class RunConfig(Section):
         return duration
 
 
-class EvalConfig(Section):
-    """An evaluation during the run; its numbers are labelled online."""
+class EvalConfig(Strict):
+    """An evaluation during the run; its numbers are labeled online."""
 
     kind: Literal["knn", "accuracy"]
     every: PositiveDuration = "10%"
-    neighbours: int = Field(default=20, ge=1)
+    neighbors: int = Field(default=20, ge=1)
     temperature: float = Field(default=0.07, gt=0)
     bank: int = Field(default=50_000, ge=1)
     """k-NN: at most this many training images, evenly spaced over the index."""
 
 
-class InitConfig(Section):
+class InitConfig(Strict):
     """Weights to start from: a run folder, one of its checkpoints, or a foreign file (`models/weights.py`)."""
 
     source: str = Field(alias="from")
@@ -133,7 +127,7 @@ class InitConfig(Section):
         return {name: name for name in value} if isinstance(value, list) else value
 
 
-class Recipe(Section):
+class Recipe(Strict):
     """A whole run as data. `method` and `data.options` are typed by the method and back end they name."""
 
     name: str
@@ -174,35 +168,79 @@ def load(path: Path, overrides: Iterable[str] = ()) -> Recipe:
 
     Args:
         path: a YAML file; `name` defaults to its stem.
-        overrides: `section.key=value` with a YAML value; a number addresses a place in a list.
+        overrides: `section.key=value` with a YAML value; a number addresses an item of a list.
 
     Raises:
         RecipeError: anything wrong with the file, a key or a value.
     """
-    content = read(path)
-    for override in overrides:
-        _override(content, override)
+    content = strict_yaml.read(path)
+    for change in overrides:
+        strict_yaml.override(content, change)
     content.setdefault("name", path.stem)
     return resolve(content, path)
 
 
 def resolve(content: dict[str, Any], path: Path) -> Recipe:
-    """Validate the merged content of a recipe; `path` is for messages."""
-    content.setdefault("data", {})
+    """Validate the merged content of a recipe; `path` is for messages.
+
+    What it leaves to the machine (`data.backend: auto`, `run.amp: auto`) is decided here, so that the recipe that is
+    stored, hashed and compared on resume says what was run.
+    """
+    content = _with_current_names(content, path)
+    for section in ("data", "run"):
+        content.setdefault(section, {})
     if isinstance(content["data"], dict):
         content["data"].setdefault("options", {})
+        content["data"].setdefault("backend", loaders.AUTO)
+        if isinstance(content["run"], dict):
+            _decide(content["data"], content["run"])
     config = _named(content, "method", "name", methods.available(), methods.load, path).Config
     options = _named(content, "data", "backend", loaders.backends(), loaders.load, path).Options
     # Typed by hand: the section classes of this recipe's method and back end are known only now.
     make: Any = create_model
-    data = make("DataConfig", __base__=loaders.DataConfig, options=(options, ...))
-    model: type[Recipe] = make("Recipe", __base__=Recipe, method=(config, ...), data=(data, ...))
+    data_model = make("DataConfig", __base__=loaders.DataConfig, options=(options, ...))
+    model: type[Recipe] = make("Recipe", __base__=Recipe, method=(config, ...), data=(data_model, ...))
     try:
         recipe = model.model_validate_json(json.dumps(content))
     except ValidationError as error:
         raise RecipeError(f"{path}: {explain(error, model, content)}") from error
     _cross_check(recipe, path)
     return recipe
+
+
+def _decide(data: dict[str, Any], run: dict[str, Any]) -> None:
+    """Put what this machine does best in the place of `auto`."""
+    on_gpu = run.get("device", "auto") != "cpu" and torch.cuda.is_available()
+    if data["backend"] == loaders.AUTO:
+        train = data.get("train")
+        data["backend"] = loaders.choose(on_gpu, Path(train) if isinstance(train, str) else None)
+    if run.get("amp") == "auto":
+        run["amp"] = precision.choose(on_gpu)
+
+
+def current_name(key: str) -> str:
+    """What a dotted key is called now."""
+    parts = key.split(".")
+    for old, new in RENAMED.items():
+        pattern = old.split(".")
+        if len(pattern) == len(parts) and all(p in ("*", part) for p, part in zip(pattern, parts, strict=True)):
+            return ".".join((*parts[:-1], new))
+    return key
+
+
+def _with_current_names(content: Any, path: Path, prefix: str = "") -> Any:
+    """A copy of merged content in which no key has an old name."""
+    if isinstance(content, list):
+        return [_with_current_names(item, path, f"{prefix}{number}.") for number, item in enumerate(content)]
+    if not isinstance(content, dict):
+        return content
+    renamed = {}
+    for key, item in content.items():
+        now = current_name(prefix + key)
+        if now != prefix + key:
+            logger.warning(f"{path}: {prefix}{key} is called {now} now")
+        renamed[now.removeprefix(prefix)] = _with_current_names(item, path, f"{prefix}{key}.")
+    return renamed
 
 
 def _named(content: dict[str, Any], section: str, key: str, known: list[str], load: Any, path: Path) -> Any:
@@ -219,7 +257,6 @@ def _named(content: dict[str, Any], section: str, key: str, known: list[str], lo
 
 def _cross_check(recipe: Recipe, path: Path) -> None:
     """What no section can know alone."""
-    method = methods.load(recipe.method.name).Method
     views, wants = len(recipe.data.views), recipe.method.num_views
     if views < wants or (views > wants and not recipe.method.takes_more_views):
         least = "at least " if recipe.method.takes_more_views else ""
@@ -228,9 +265,9 @@ def _cross_check(recipe: Recipe, path: Path) -> None:
     for name in wanted - set(recipe.schedules):
         raise RecipeError(f"{path}: schedules.{name}: missing, method {recipe.method.name} needs it")
     for name in set(recipe.schedules) - wanted - optional:
-        raise RecipeError(f"{path}: schedules.{name}: unknown key, {_suggest(name, wanted | optional)}")
+        raise RecipeError(f"{path}: schedules.{name}: unknown key, {suggest(name, wanted | optional)}")
     for number, evaluation in enumerate(recipe.evals):
-        if evaluation.kind == "accuracy" and not method.classifies:
+        if evaluation.kind == "accuracy" and recipe.method.classes is None:
             raise RecipeError(
                 f"{path}: evals.{number}.kind: method {recipe.method.name} has no classifier to measure, expected knn"
             )
@@ -240,13 +277,12 @@ def _cross_check(recipe: Recipe, path: Path) -> None:
             raise RecipeError(f"{path}: schedules.{name}: expected values from 0 to 1")
     sizes = [(f"data.views.{i}.size", view.size) for i, view in enumerate(recipe.data.views)]
     sizes.append(("data.eval_view.size", recipe.data.eval_view.size))
-    for network in dict(recipe.method).values():
-        if isinstance(network, ReActNetConfig):
-            for key, size in sizes:
-                try:
-                    check_side(size, network.stem_stride)
-                except ValueError as error:
-                    raise RecipeError(f"{path}: {key}: {error}") from None
+    for network in recipe.method.networks.values():
+        for key, size in sizes:
+            try:
+                network.check_side(size)
+            except ValueError as error:
+                raise RecipeError(f"{path}: {key}: {error}") from None
 
 
 def micro_steps(recipe: Recipe, world_size: int) -> int:
@@ -267,195 +303,3 @@ def micro_steps(recipe: Recipe, world_size: int) -> int:
             f"data.micro_batch: {micro} images x {world_size} ranks do not divide data.batch_size {batch}; {mend}"
         )
     return batch // (micro * world_size)
-
-
-# ------------------------------------------------------------------------------------------------ YAML
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """YAML 1.2's plain scalars: `3e-4` is a number, `on` and `010` are text. No aliases, no duplicate keys."""
-
-    yaml_implicit_resolvers: typing.ClassVar[dict[str, Any]] = {}  # type: ignore[misc]  # its own, not the parent's
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            raise RecipeError(f"line {self.peek_event().start_mark.line + 1}: aliases (*name) are not allowed")
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            line = key_node.start_mark.line + 1
-            if not isinstance(key, str):
-                raise RecipeError(f"line {line}: key {key!r} is not a word")
-            if key in seen:
-                raise RecipeError(f"line {line}: duplicate key {key!r}")
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-for _tag, _pattern, _first in (
-    ("null", r"null|~|", ["n", "~", ""]),
-    ("bool", r"true|false", list("tf")),
-    ("int", r"[-+]?(?:0|[1-9][0-9]*)", list("-+0123456789")),
-    (
-        "float",
-        r"[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?",
-        list("-+.0123456789"),
-    ),
-):
-    _StrictLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})\Z"), _first)
-
-
-def _parse(text: str) -> Any:
-    # Text goes in, so no byte order mark or other encoding is guessed; nothing but plain data comes out.
-    return yaml.load(text, Loader=_StrictLoader)
-
-
-def read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """A strict YAML file's content, merged over that of its `base`.
-
-    Raises:
-        RecipeError: no such file, or anything wrong with its text.
-    """
-    if path.resolve() in seen:
-        raise RecipeError(f"{path}: base: the recipe is its own base")
-    try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise RecipeError(f"{path}: larger than {_MAX_BYTES} bytes, this is no recipe")
-        content = _parse(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RecipeError(f"{path}: no such file; expected a recipe such as recipes/burn_stage1.yaml") from None
-    except OSError as error:
-        raise RecipeError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise RecipeError(f"{path}: is not UTF-8 text") from None
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path}: not valid YAML: {_yaml_reason(error)}") from None
-    except RecursionError:
-        raise RecipeError(f"{path}: nested too deeply") from None
-    except RecipeError as error:
-        raise error if str(error).startswith(str(path)) else RecipeError(f"{path}: {error}") from None
-    if not isinstance(content, dict):
-        raise RecipeError(f"{path}: expected sections such as method, data and run")
-    base = content.pop("base", None)
-    if base is None:
-        return content
-    if not isinstance(base, str):
-        raise RecipeError(f"{path}: base: expected the path of a recipe, got {base!r}")
-    return _merge(read(path.parent / base, (*seen, path.resolve())), content)
-
-
-def _yaml_reason(error: yaml.YAMLError) -> str:
-    mark = getattr(error, "problem_mark", None)
-    reason = getattr(error, "problem", None) or str(error).splitlines()[0]
-    return f"line {mark.line + 1}: {reason}" if mark else reason
-
-
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Sections merge key by key; lists and scalars are replaced."""
-    merged = dict(base)
-    for key, item in over.items():
-        both = isinstance(item, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], item) if both else item
-    return merged
-
-
-def _override(content: dict[str, Any], override: str) -> None:
-    path, equals, text = override.partition("=")
-    if not equals or not path:
-        raise RecipeError(f"override {override!r}: expected section.key=value")
-    try:
-        item = _parse(text)
-    except (yaml.YAMLError, RecipeError) as error:
-        raise RecipeError(f"override {override!r}: not a YAML value") from error
-    *parents, last = path.split(".")
-    place: Any = content
-    for key in parents:
-        if isinstance(place, list):
-            place = place[_list_place(place, key, override)]
-        else:
-            if not isinstance(place.get(key), dict | list):
-                place[key] = {}
-            place = place[key]
-    if isinstance(place, list):
-        place[_list_place(place, last, override)] = item
-    elif isinstance(place, dict):
-        place[last] = item
-    else:
-        raise RecipeError(f"override {override!r}: {'.'.join(parents)} is not a section")
-
-
-def _list_place(items: list[Any], key: str, override: str) -> int:
-    if not key.isdigit() or int(key) >= len(items):
-        raise RecipeError(f"override {override!r}: expected a place from 0 to {len(items) - 1}, got {key!r}")
-    return int(key)
-
-
-# ------------------------------------------------------------------------------------------------ messages
-
-
-def explain(error: ValidationError, model: type[BaseModel], content: dict[str, Any]) -> str:
-    """The first problem in one line, and how many more there are."""
-    problems = error.errors(include_url=False)
-    problem = problems[0]
-    location = _location(problem["loc"], content)
-    key = ".".join(map(str, location))
-    if problem["type"] == "extra_forbidden":
-        text = f"unknown key, {_suggest(str(location[-1]), _fields(model, problem['loc'][:-1]))}"
-    elif problem["type"] == "missing":
-        text = "missing"
-    else:
-        reason = problem["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
-        given = problem["input"]
-        shown = "" if isinstance(given, dict | list) or "got" in reason else f", got {given!r}"
-        text = reason[0].lower() + reason[1:] + shown
-    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    return f"{key}: {text}{more}"
-
-
-def _location(loc: tuple[str | int, ...], content: Any) -> list[str | int]:
-    """The keys of a location, without the tags that pydantic adds for unions."""
-    keys: list[str | int] = []
-    place = content
-    for number, key in enumerate(loc):
-        if isinstance(place, dict) and key in place:
-            place = place[key]
-        elif isinstance(place, list) and isinstance(key, int) and key < len(place):
-            place = place[key]
-        elif number < len(loc) - 1:
-            continue
-        keys.append(key)
-    return keys
-
-
-def _fields(model: type[BaseModel], loc: tuple[str | int, ...]) -> set[str]:
-    """Names of the keys that are allowed at a location."""
-    places = {model}
-    for key in loc:
-        inner = {
-            found
-            for place in places
-            for name, field in place.model_fields.items()
-            if key in (name, field.alias)
-            for found in _models_in(field.annotation)
-        }
-        tagged = {place for place in places if key in _tags(place)}
-        places = inner or tagged or places
-    return {field.alias or name for place in places for name, field in place.model_fields.items()}
-
-
-def _models_in(annotation: Any) -> set[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return {annotation}
-    return {found for argument in typing.get_args(annotation) for found in _models_in(argument)}
-
-
-def _tags(model: type[BaseModel]) -> set[Any]:
-    return {item for field in model.model_fields.values() for item in typing.get_args(field.annotation)}
-
-
-def _suggest(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"did you mean '{close[0]}'?" if close else f"expected one of {', '.join(sorted(known))}"

@@ -6,7 +6,9 @@ import math
 import re
 from typing import Annotated, Literal, NamedTuple
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
+
+from models.contract import Strict
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ep|it|%)")
 
@@ -19,7 +21,7 @@ def _check_duration(text: str) -> str:
 
 def _check_positive(text: str) -> str:
     if not re.search(r"[1-9]", text):
-        raise ValueError(f"expected more than nothing, got {text!r}")
+        raise ValueError(f"must be greater than zero, got {text!r}")
     return text
 
 
@@ -69,10 +71,8 @@ def due(step: int, every: str, horizon: Horizon) -> bool:
     return step == horizon.total_steps or step % max(to_steps(every, horizon), 1) == 0
 
 
-class Schedule(BaseModel):
+class Schedule(Strict):
     """A scalar in time. In a recipe a plain number stands for `{shape: constant, start: number}`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     shape: Literal["constant", "cosine", "linear", "step", "switch"] = "constant"
     start: float = Field(ge=0)

@@ -2,62 +2,31 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import inspect
-import json
 import signal
 import time
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor, nn
 
 import loaders
-from engine import checkpoint, dist, evals, optim
+from engine import checkpoint, dist, evals, optim, precision, resume
+from engine.data import open_indices
 from engine.dist import World
-from engine.log import Clock, Meter, RunLog, duration, environment, logger, versions
+from engine.errors import CheckpointError, NotFinite, NotFiniteState, NotSaved, Stopped, Untrained
+from engine.folder import RunFolder
+from engine.log import Clock, Meter, RunLog, duration, logger
 from engine.monitors import IMAGES, Monitors
-from engine.recipe import Recipe, RecipeError, micro_steps, resolve
+from engine.provenance import versions
+from engine.recipe import EvalConfig, Recipe, micro_steps
 from engine.schedules import Horizon, due, value
-from loaders import Batch, DataError, Index
-from models import methods
-from models.backbones import Backbone
+from loaders import Batch, Index, Loader
+from models import backbones
 from models.methods import Method
-from models.reactnet import ReActNet
-
-# Exit codes of tools/train.py, besides 0 and 1 (an unforeseen error).
-EXIT_BAD_INPUT = 2
-EXIT_NOT_FINITE = 3
-EXIT_UNTRAINED = 4
-EXIT_NOT_SAVED = 5
-EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: saved, start again with --resume
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-_AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-# What may differ between a run and its resumption without changing a number that it computes.
-_FREE = ("run.log_every", "run.save_every", "run.keep", "run.timeout_seconds", "run.folder", "data.workers")
-_COVERED = ("data.train", "data.val", "data.expect_images")  # the fingerprint speaks for them
-
-
-class NotFinite(RuntimeError):
-    """A loss, a gradient or the network is not finite; nothing was saved after it."""
-
-
-class NotSaved(RuntimeError):
-    """The last checkpoint of a run, or that of a signal, could not be written."""
-
-
-class Untrained(RuntimeError):
-    """A parameter that should move has no gradient, or one that should not has one."""
-
-
-class Stopped(Exception):
-    """A signal asked the run to stop; it is saved."""
 
 
 class Trainer:
@@ -66,78 +35,104 @@ class Trainer:
     Args:
         recipe: what to run.
         world: this process among those of the run.
-        resume: go on from the newest complete checkpoint of the run folder, if there is one.
+        resume: continue from the newest intact checkpoint of the run folder, if there is one.
         allow_changes: resume even though recipe, data or number of ranks differ from the checkpoint's.
 
     Raises:
-        RecipeError, loaders.DataError, checkpoint.CheckpointError, models.weights.WeightsError: the recipe
-            cannot be run here. Nothing was written.
+        RecipeError, DataError, FolderError, CheckpointError, WeightsError: the recipe cannot be run here. Nothing was
+            written.
     """
+
+    recipe: Recipe
+    world: World
+    indices: dict[str, Index]
+    """Split -> its data set."""
+    horizon: Horizon
+    """How long the run is."""
+    micro_steps: int
+    """Forward and backward passes of one optimizer step."""
+    steps_done: int
+    """Optimizer steps so far; the next one has this number."""
+
+    method: Method
+    """What is trained, with all networks that it needs."""
+    model: nn.Module
+    """What is called: the method, or what averages its gradients over ranks."""
+    trained: list[nn.Parameter]
+    """What the optimizer moves."""
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    """Scales the loss in fp16; passes everything through otherwise."""
+    amp_dtype: torch.dtype | None
+    """What convolutions run in under autocast, None without it."""
+    values: dict[str, Tensor]
+    """The method's scheduled scalars of this step, 0-d on the device."""
+    skipped: Tensor
+    """Steps in a row that the loss scaler has skipped, 0-d on the device."""
+
+    meter: Meter
+    """Means of the step's scalars since the last log."""
+    clock: Clock
+    """Training time and speed."""
+    monitors: Monitors
+    """Health of the network, read at log time."""
+    watched: Tensor | None
+    """Images that the monitors look at, [B, 3, H, W], of the newest step that logs."""
+    bad_images: dict[str, str]
+    """Path -> reason of the training images that were replaced so far."""
+    mark: Callable[[str], None]
+    """Called where a phase of the step begins; the step benchmark puts a clock here."""
+
+    loader: Loader | None
+    """The training batches, while `fit` runs."""
+    folder: RunFolder | None
+    """The run folder, on rank 0 while `fit` runs."""
+    log: RunLog | None
+    """Where rows of metrics go, on rank 0 while `fit` runs."""
+
+    _guarded: bool  # whether the guard of the first step is over
+    _signal: int | None  # the signal that asked the run to stop
 
     def __init__(self, recipe: Recipe, world: World, *, resume: bool = False, allow_changes: bool = False) -> None:
         self.recipe, self.world = recipe, world
         self.micro_steps = micro_steps(recipe, world.world_size)
-        self.indices = _open_indices(recipe, world)
+        self.indices = open_indices(recipe, world)
         self.horizon = Horizon.of(recipe.run.duration, len(self.indices["train"]), recipe.data.batch_size)
         self.steps_done = 0
         self.meter, self.clock = Meter(), Clock()
-        self.bad_images: dict[str, str] = {}
+        self.watched, self.bad_images = None, {}
+        self.mark = _no_mark
+        self.loader = self.folder = self.log = self._signal = None
 
         torch.manual_seed(recipe.seed)
-        self.method: Method = methods.build(recipe.method)
+        self.method = recipe.method.build()
         self.method.to(world.device)
-        if recipe.run.channels_last:
-            _to_channels_last(self.method)
-        self.optimizer = optim.build(recipe.optim, self.method)
-        self.amp_dtype = _AMP[recipe.run.amp]
-        self.scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.run.amp == "fp16")
-        self._skipped = torch.zeros((), device=world.device)
-        # Rank 0 chooses, all load: a disk that only one machine sees must not send ranks to different steps.
-        found = dist.together(lambda: self._newest_checkpoint(resume) if world.is_main else None)
-        found = dist.gather_objects(found)[0]
-        dist.together(lambda: self._restore(found, allow_changes) if found else self._initialise())
-        dist.must_agree(
-            {
-                "the recipe": recipe.hash,
-                "the number of steps": self.horizon.total_steps,
-                "the step to start from": self.steps_done,
-                **{f"the fingerprint of data.{split}": index.fingerprint for split, index in self.indices.items()},
-            }
+        run = recipe.run
+        backbones.prepare(
+            self.method,
+            channels_last=run.channels_last,
+            fused=run.kernels == "fused",
+            compiled=run.compile,
+            compile_options=run.compile_options,
         )
-
-        if recipe.run.kernels == "fused":
-            for part in self.method.modules():
-                if isinstance(part, ReActNet) and part.config.activations == "binary":
-                    part.fused = True
-        if recipe.run.compile:
-            # Backbones alone, each one graph that all of its views share; heads and losses are 0.2 % of the
-            # arithmetic. In place: keys of the checkpoint never know of it.
-            for part in self.method.modules():
-                if isinstance(part, Backbone):
-                    part.compile(fullgraph=True, dynamic=False, options=recipe.run.compile_options)
-        self.model: torch.nn.Module = self.method
-        if world.world_size > 1:
-            # Statistics of BatchNorm stay per rank, as in the reference; evaluations use rank 0's.
-            # The key that says so has a new name since PyTorch 2.15.
-            names = inspect.signature(DistributedDataParallel).parameters
-            buffers = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
-            options: dict[str, Any] = {buffers: False, "gradient_as_bucket_view": True}
-            # With accumulation a static graph needs its first step to be reduced with every micro-step (PyTorch 2.14
-            # asserts it), which rounds differently: a resumed run would no longer be equal to the bit.
-            options["static_graph"] = self.micro_steps == 1
-            device_ids = [world.device] if world.device.type == "cuda" else None
-            self.model = DistributedDataParallel(self.method, device_ids=device_ids, **options)
+        self.optimizer = optim.build(recipe.optim, self.method)
+        self.amp_dtype = precision.DTYPES[run.amp]
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=run.amp == "fp16")
+        self.skipped = torch.zeros((), device=world.device)
+        self._start_from(resume, allow_changes)
+        self.model = dist.wrap(self.method, world, accumulates=self.micro_steps > 1)
         self.method.train()
         self.trained = [p for p in self.method.parameters() if p.requires_grad]
         self.values = {name: torch.zeros((), device=world.device) for name in recipe.method.schedules}
-        self.mark = _unmarked
         self._guarded = self.steps_done > 0  # a run that has passed once may go on, whatever became of it
-        self._signal: int | None = None
 
     # -------------------------------------------------------------------------------------------- the step
 
-    def step(self) -> Tensor:
+    def step(self, batches: Iterator[Batch]) -> Tensor:
         """One optimizer step. Nothing here waits for the device, but for the guard of the first step.
+
+        Args:
+            batches: gives the step's micro-batches, `micro_steps` of them.
 
         Returns:
             0-d bool tensor: whether the loss or gradients of this rank are not finite.
@@ -152,7 +147,7 @@ class Trainer:
         for micro_step in range(self.micro_steps):
             self.mark("load")
             started = time.perf_counter()
-            batch = next(self.loader)
+            batch = next(batches)
             self.clock.waited(time.perf_counter() - started)
             self.mark("forward")
             is_last = micro_step == self.micro_steps - 1
@@ -165,7 +160,7 @@ class Trainer:
             bad |= ~scalars["loss"].detach().isfinite()
             self.meter.add(scalars)
         if due(self.steps_done + 1, self.recipe.run.log_every, self.horizon):
-            self._watched = batch.views[0][:IMAGES].clone()
+            self.watched = batch.views[0][:IMAGES].clone()
         self.mark("optimizer")
         if not self._guarded:
             self._guard()
@@ -173,15 +168,16 @@ class Trainer:
         self.scaler.unscale_(self.optimizer)
         norm = optim.gradient_norm(self.trained)
         # With a loss scaler an overflow skips a step; too many in a row, or any without one, end the run.
-        self._skipped = torch.where(norm.isfinite(), 0, self._skipped + 1)
+        self.skipped = torch.where(norm.isfinite(), 0, self.skipped + 1)
         allowed = self.recipe.run.max_skipped_steps if self.scaler.is_enabled() else 0
-        bad |= self._skipped > allowed
-        self.meter.add({"grad_norm": norm.nan_to_num(0, 0, 0), "skipped_steps": (self._skipped > 0).float()})
+        bad |= self.skipped > allowed
+        self.meter.add({"grad_norm": norm.nan_to_num(0, 0, 0), "skipped_steps": (self.skipped > 0).float()})
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.method.after_step(now)
         self.clock.trained(self.recipe.data.batch_size)
+        self.steps_done += 1
         return bad
 
     def inputs(self, batch: Batch) -> list[Tensor]:
@@ -215,32 +211,22 @@ class Trainer:
             NotFinite: on all ranks at the same step, before anything is saved.
             Untrained: the guard of the first step.
             Stopped: a signal came; all ranks saved the same step.
-        NotSaved: the disk refused the last checkpoint, or that of a signal.
+            NotSaved: the disk refused the last checkpoint, or that of a signal.
+            FolderError: the run folder cannot be written, or another process is running there.
         """
         recipe, horizon = self.recipe, self.horizon
         dist.together(self._open_folder)
         consensus = dist.Consensus(self.world)
-        if self.world.local_rank == 0:
-            for text in loaders.warnings(recipe.data, self.world.local_world_size):
-                logger.warning(text)
         before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
         try:
             self.loader = loaders.open_train(
-                recipe.data,
-                self.indices["train"],
-                seed=recipe.seed,
-                step=self.steps_done,
-                rank=self.world.rank,
-                world_size=self.world.world_size,
-                local_world_size=self.world.local_world_size,
-                device=self.world.device,
+                recipe.data, self.indices["train"], seed=recipe.seed, step=self.steps_done, place=self.world.place
             )
             self.loader.bad.update(self.bad_images)
             self.bad_images = self.loader.bad
             self.clock.run()
             while self.steps_done < horizon.total_steps:
-                bad = self.step()
-                self.steps_done += 1
+                bad = self.step(self.loader)
                 step = self.steps_done
                 if self.log:
                     self.log.tick()
@@ -263,7 +249,7 @@ class Trainer:
                 if saves or stops:
                     self._save(step, must=stops or step == horizon.total_steps)
                 if stops and step < horizon.total_steps:
-                    raise Stopped(f"stopped by a signal after step {step}, saved; go on with --resume")
+                    raise Stopped(f"stopped by a signal after step {step}, saved; continue with --resume")
                 self.clock.run()
         finally:
             for number, handler in before.items():
@@ -271,13 +257,11 @@ class Trainer:
             self.close()
 
     def close(self) -> None:
-        """Free the loader and flush the logs."""
-        if hasattr(self, "loader"):
-            self.loader.close()
-        if getattr(self, "log", None):
-            assert self.log
-            self.log.close()
-            self._lock.close()
+        """Free the loader, flush the logs and let others write to the run folder."""
+        for part in (self.loader, self.log, self.folder):
+            if part is not None:
+                part.close()
+        self.loader = self.log = self.folder = None
 
     def _on_signal(self, number: int, frame: Any) -> None:
         if number == signal.SIGINT and self._signal == signal.SIGINT:
@@ -291,17 +275,34 @@ class Trainer:
         if self.log:
             # On rank 0 alone: its BatchNorm statistics are those of the checkpoint. Eager: other batch sizes would
             # be other graphs.
+            assert self.watched is not None
             with torch.compiler.set_stance("force_eager"):
-                watched = self.monitors.read(self._watched)
-            if watched:
-                row |= dict(zip(watched, torch.stack(list(watched.values())).tolist(), strict=True))
+                health = self.monitors.read(self.watched)
+            if health:
+                row |= dict(zip(health, torch.stack(list(health.values())).tolist(), strict=True))
             self.log.row(step, row)
 
-    def _evaluate(self, config: Any, step: int) -> None:
+    def _evaluate(self, config: EvalConfig, step: int) -> None:
         with torch.compiler.set_stance("force_eager"):
             scores = evals.run(config, self.method, self.recipe.data, self.indices, self.world)
         if self.log:
             self.log.row(step, {**scores, "online": True}, evaluation=config.kind)
+
+    def _open_folder(self) -> None:
+        if not self.world.is_main:
+            return
+        recipe, world = self.recipe, self.world
+        self.folder = RunFolder(recipe)
+        self.log = RunLog(recipe.folder, self.folder.open_rows(self.steps_done), self.horizon, self.steps_done)
+        logger.info(
+            f"{recipe.folder}: recipe {recipe.hash}, {len(self.indices['train'])} images, {self.horizon.total_steps} "
+            f"steps of {recipe.data.batch_size} = {recipe.run.duration}, {self.micro_steps} micro-steps, "
+            f"{world.world_size} x {world.device.type}, amp {recipe.run.amp}, loader {recipe.data.backend}, "
+            f"{sum(parameter.numel() for parameter in self.trained):,} trained parameters"
+        )
+        slow = precision.warning(recipe.run.amp, world.device)
+        for text in (*loaders.warnings(recipe.data, world.local_world_size), *([slow] if slow else [])):
+            logger.warning(text)
 
     # -------------------------------------------------------------------------------------------- what lasts
 
@@ -312,7 +313,7 @@ class Trainer:
             "method": self.method.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "skipped": self._skipped,
+            "skipped": self.skipped,
             "meter": self.meter.state_dict(),
             "monitors": self.monitors.state_dict(),
             "seconds": self.clock.seconds,
@@ -323,14 +324,63 @@ class Trainer:
             "versions": versions(),
         }
 
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue after the step of a checkpoint."""
+        self.method.load_state_dict(state["method"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.skipped = state["skipped"].to(self.world.device)
+        self.meter.load_state_dict(state["meter"], self.world.rank)
+        self.monitors.load_state_dict(state["monitors"])
+        self.clock.seconds = state["seconds"]
+        self.bad_images = state["bad_images"]
+        self.steps_done = state["step"]
+
     def _identity(self) -> dict[str, Any]:
-        """What has to be equal for a resumed run to give the same numbers."""
-        content = yaml.safe_load(self.recipe.dump())
-        flat = {key: item for key, item in _flatten(content).items() if key not in (*_FREE, *_COVERED)}
-        flat["world_size"] = self.world.world_size
-        for split, index in self.indices.items():
-            flat[f"fingerprint of data.{split}"] = index.fingerprint
-        return flat
+        return resume.identity(self.recipe, self.world.world_size, self.indices)
+
+    def _start_from(self, resumes: bool, allow_changes: bool) -> None:
+        """Initialize the method, or continue a run; the same on all ranks."""
+        # Rank 0 chooses, all load: a disk that only one machine sees must not send ranks to different steps.
+        path = dist.together(
+            lambda: resume.newest_checkpoint(self.recipe, resume=resumes) if self.world.is_main else None
+        )
+        path = dist.gather_objects(path)[0]
+
+        def load() -> None:
+            if path is None:
+                self._initialize()
+            self.monitors = Monitors(self.method)
+            if path is not None:
+                state = checkpoint.load(path)
+                resume.check_identity(state, path, self._identity(), allow_changes=allow_changes)
+                self.load_state_dict(state)
+                if state["versions"] != versions():
+                    logger.warning(
+                        f"{path} was written with {state['versions']}, here are {versions()}: numbers may differ"
+                    )
+                logger.info(f"resumed {path} at step {self.steps_done}")
+
+        dist.together(load)
+        dist.must_agree(
+            {
+                "the recipe": self.recipe.hash,
+                "the number of steps": self.horizon.total_steps,
+                "the step to start from": self.steps_done,
+                **{f"the fingerprint of data.{split}": index.fingerprint for split, index in self.indices.items()},
+            }
+        )
+
+    def _initialize(self) -> None:
+        given = set()
+        for init in self.recipe.init:
+            checkpoint.initialize(self.method, init)
+            given |= set(init.load)
+        for name, part in self.method.named_children():
+            is_frozen = not any(parameter.requires_grad for parameter in part.parameters())
+            follows = any(prefix.startswith(name) for prefix in self.method.moved_after_step)
+            if is_frozen and not follows and name not in given and self.world.is_main:
+                logger.warning(f"{name} is frozen and random: no entry of init loads it")
 
     def _save(self, step: int, *, must: bool) -> None:
         state = self.state_dict()
@@ -339,9 +389,10 @@ class Trainer:
             try:
                 folder = self.recipe.folder / "checkpoints"
                 logger.info(f"saved {checkpoint.save(folder, step, state, self.recipe.run.keep)}")
-            except checkpoint.CheckpointError as error:
-                problem, is_finite = str(error), not isinstance(error, checkpoint.NotFiniteError)
-            self._list_bad_images(state["bad_images"])
+            except CheckpointError as error:
+                problem, is_finite = str(error), not isinstance(error, NotFiniteState)
+        if self.folder:
+            self.folder.list_bad_images(state["bad_images"])
         problem, is_finite = dist.gather_objects((problem, is_finite))[0]
         if not is_finite:
             raise NotFinite(problem)
@@ -349,92 +400,6 @@ class Trainer:
             raise NotSaved(problem)
         if problem and self.world.is_main:
             logger.warning(f"{problem}; training goes on")
-
-    def _list_bad_images(self, bad: dict[str, str]) -> None:
-        if not bad:
-            return
-        path = self.recipe.folder / "bad_images.tsv"
-        logger.warning(f"{len(bad)} images could not be decoded and were replaced, listed in {path}")
-        with contextlib.suppress(OSError):
-            path.write_text("".join(f"{name}\t{reason}\n" for name, reason in sorted(bad.items())), encoding="utf-8")
-
-    def _newest_checkpoint(self, resume: bool) -> Path | None:
-        folder = self.recipe.folder / "checkpoints"
-        newest, damaged = checkpoint.latest(folder)
-        if newest is None and not damaged:
-            return None
-        if not resume:
-            raise RecipeError(
-                f"{self.recipe.folder}: holds a run already; pass --resume to go on with it, or give this one "
-                "another name (name=...) or folder (run.folder=...)"
-            )
-        for path in damaged:
-            logger.warning(f"{path}: damaged, its content does not match the hash in its name; passed over")
-        if newest is None:
-            raise checkpoint.CheckpointError(f"{folder}: every checkpoint is damaged; remove them to start anew")
-        return newest
-
-    def _initialise(self) -> None:
-        given = set()
-        for init in self.recipe.init:
-            checkpoint.initialise(self.method, init)
-            given |= set(init.load)
-        for name, part in self.method.named_children():
-            frozen = not any(parameter.requires_grad for parameter in part.parameters())
-            follows = any(prefix.startswith(name) for prefix in self.method.moved_after_step)
-            if frozen and not follows and name not in given and self.world.is_main:
-                logger.warning(f"{name} is frozen and random: no entry of init loads it")
-        self.monitors = Monitors(self.method)
-
-    def _restore(self, path: Path, allow_changes: bool) -> None:
-        state = checkpoint.load(path)
-        then, now = _filled(state, path), self._identity()
-        changed = [
-            f"{key} was {then.get(key)}, is {now.get(key)}" for key in {**then, **now} if then.get(key) != now.get(key)
-        ]
-        if changed and not allow_changes:
-            raise RecipeError(
-                f"{path}: cannot be resumed exactly: {'; '.join(changed)}; restore these, or pass "
-                f"--allow-changes to go on differently (free to change: {', '.join(_FREE)})"
-            )
-        self.method.load_state_dict(state["method"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        self._skipped = state["skipped"].to(self.world.device)
-        self.meter.load_state_dict(state["meter"], self.world.rank)
-        self.monitors = Monitors(self.method)
-        self.monitors.load_state_dict(state["monitors"])
-        self.clock.seconds = state["seconds"]
-        self.bad_images = state["bad_images"]
-        self.steps_done = state["step"]
-        if state["versions"] != versions():
-            logger.warning(f"{path} was written with {state['versions']}, here are {versions()}: numbers may differ")
-        logger.info(f"resumed {path} at step {self.steps_done}")
-
-    def _open_folder(self) -> None:
-        self.log: RunLog | None = None
-        if not self.world.is_main:
-            return
-        folder = self.recipe.folder
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._lock = open(folder / ".lock", "w")
-        except OSError as error:
-            raise RecipeError(f"run.folder: {folder} cannot be made or written: {error.strerror}") from None
-        try:
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, workers do not inherit it
-        except OSError:
-            raise RecipeError(f"{folder}: another process is running here; wait for it or name this run anew") from None
-        (folder / "recipe.yaml").write_text(self.recipe.dump(), encoding="utf-8")
-        (folder / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n", encoding="utf-8")
-        self.log = RunLog(folder, self.horizon, self.steps_done)
-        trained = sum(parameter.numel() for parameter in self.trained)
-        logger.info(
-            f"{folder}: recipe {self.recipe.hash}, {len(self.indices['train'])} images, "
-            f"{self.horizon.total_steps} steps of {self.recipe.data.batch_size} = {self.recipe.run.duration}, "
-            f"{self.micro_steps} micro-steps, {self.world.world_size} x {self.world.device.type}, "
-            f"{trained:,} trained parameters"
-        )
 
 
 def run(recipe: Recipe, *, resume: bool = False, allow_changes: bool = False) -> None:
@@ -453,74 +418,5 @@ def run(recipe: Recipe, *, resume: bool = False, allow_changes: bool = False) ->
         dist.stop()
 
 
-def _unmarked(phase: str) -> None:
-    """Where a phase of the step begins; `--benchmark` puts a clock here."""
-
-
-def _to_channels_last(module: torch.nn.Module) -> None:
-    # Only where there is a spatial extent: on [C, 1, 1] the two layouts are one and PyTorch's answer to which it is
-    # differs between a parameter and its gradient.
-    for parameter in module.parameters():
-        if parameter.ndim == 4 and parameter.shape[2] * parameter.shape[3] > 1:
-            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
-
-
-def _open_indices(recipe: Recipe, world: World) -> dict[str, Index]:
-    """Index training and validation images; one process of each machine makes the cache, the others read it."""
-    splits = ["train", *(["val"] if recipe.evals else [])]
-
-    def open_mine() -> dict[str, Index]:
-        opened = {split: loaders.open_data(recipe.data, split) for split in splits}  # type: ignore[arg-type]
-        _check_data(recipe, opened)
-        return opened
-
-    first = dist.together(lambda: open_mine() if world.local_rank == 0 else None)
-    return dist.together(lambda: first or open_mine())
-
-
-def _check_data(recipe: Recipe, indices: dict[str, Index]) -> None:
-    train = indices["train"]
-    expected = recipe.data.expect_images
-    count = len(train) + train.quarantined
-    if expected is not None and count != expected:
-        raise DataError(
-            f"{train.root}: {count} images, the recipe expects {expected}; complete the data set, or set "
-            f"data.expect_images={count}"
-        )
-    if "val" in indices and indices["val"].classes != train.classes:
-        raise DataError(f"{indices['val'].root}: its classes differ from those of {train.root}")
-    num_classes = getattr(recipe.method, "num_classes", None)
-    if num_classes is not None and num_classes != len(train.classes):
-        raise DataError(
-            f"{train.root}: {len(train.classes)} classes, the recipe expects method.num_classes={num_classes}"
-        )
-    for split, index in indices.items():
-        if index.problems:
-            row, reason = next(iter(index.problems.items()))
-            text = f"{index.root}: {len(index.problems)} of {len(index)} images are unusable, the first is "
-            text += f"{index.path(row)}: {reason}"
-            if split == "train" and recipe.data.on_bad_image == "stop":
-                raise DataError(f"{text}; remove or repair them, or set data.on_bad_image=replace")
-            logger.warning(text)
-
-
-def _filled(state: dict[str, Any], path: Path) -> dict[str, Any]:
-    """A checkpoint's identity, where keys that its engine did not know yet have today's defaults."""
-    try:
-        today = resolve(yaml.safe_load(state["recipe"]), path)
-    except RecipeError:
-        return state["identity"]
-    flat = _flatten(yaml.safe_load(today.dump()))
-    return {**{key: item for key, item in flat.items() if key not in (*_FREE, *_COVERED)}, **state["identity"]}
-
-
-def _flatten(content: Any, prefix: str = "") -> dict[str, Any]:
-    items = content.items() if isinstance(content, dict) else enumerate(content)
-    flat: dict[str, Any] = {}
-    for key, item in items:
-        path = f"{prefix}{key}"
-        if isinstance(item, dict | list) and item:
-            flat.update(_flatten(item, f"{path}."))
-        else:
-            flat[path] = item
-    return flat
+def _no_mark(phase: str) -> None:
+    pass

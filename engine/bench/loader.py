@@ -1,103 +1,25 @@
-"""`--benchmark loader`: what each back end of this machine gives for a recipe, by phase, beside the decode floor.
-
-Arms take turns (A B C A B C) in one process. An arm is opened anew for each turn, runs until what it had prefetched is
-used up, and is then timed at its steady pace; CPU time is that of this process and its children.
-"""
+"""`--benchmark loader`: what each back end of this machine gives for a recipe, by phase, beside the decode floor."""
 
 from __future__ import annotations
 
-import itertools
-import json
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from dataclasses import asdict
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
 import loaders
-from engine.log import environment
+from engine.bench.clock import Candidate, interleave, median_range
+from engine.provenance import environment
 from engine.recipe import Recipe
-from loaders import DataConfig, Index, turbo
-from loaders.contract import HostBatch
-from loaders.index import BadImage
+from loaders import Index, turbo
+from loaders.contract import HostBatch, Order
+from loaders.errors import BadImage
 from loaders.sampler import Stream, TrainPositions
 from loaders.views import View
-
-WARM_UP = 6  # batches, more than any back end prefetches per worker and enough for its first ones to be over
-_TICKS = os.sysconf("SC_CLK_TCK")
-
-
-class Arm(NamedTuple):
-    """Something to measure: `open` gives an endless iterator, with a `close` if it has to be ended."""
-
-    name: str
-    open: Callable[[], Iterator[Any]]
-
-
-class Measured(NamedTuple):
-    """What one arm gave over all rounds."""
-
-    images_per_second: list[float]
-    cpu_ms: list[float]
-    """CPU milliseconds per image."""
-    first_batch: list[float]
-    """Seconds from opening to the first batch."""
-
-
-def measure(arms: Sequence[Arm], *, batch: int, batches: int, rounds: int) -> dict[str, Measured]:
-    """Time the arms in turn.
-
-    Args:
-        batch: images in a batch of every arm.
-        batches: timed in each turn, after `WARM_UP` more.
-        rounds: turns of each arm.
-    """
-    found = {arm.name: Measured([], [], []) for arm in arms}
-    for _, arm in itertools.product(range(rounds), arms):
-        opened = time.perf_counter()
-        iterator = arm.open()
-        next(iterator)
-        found[arm.name].first_batch.append(time.perf_counter() - opened)
-        for _ in range(WARM_UP):
-            next(iterator)
-        cpu, started = _cpu_seconds(), time.perf_counter()
-        for _ in range(batches):
-            next(iterator)
-        seconds, cpu = time.perf_counter() - started, _cpu_seconds() - cpu
-        found[arm.name].images_per_second.append(batch * batches / seconds)
-        found[arm.name].cpu_ms.append(1000 * cpu / (batch * batches))
-        if hasattr(iterator, "close"):
-            iterator.close()
-    return found
-
-
-def _cpu_seconds() -> float:
-    """CPU time of this process and its descendants, those included that have ended and were waited for."""
-    own = os.getpid()
-    total, waiting = time.process_time(), [own]
-    while waiting:
-        process = waiting.pop()
-        try:
-            fields = Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()
-            for thread in Path(f"/proc/{process}/task").iterdir():
-                waiting += [int(child) for child in (thread / "children").read_text().split()]
-        except OSError:
-            continue  # it has ended
-        # Its own, and of its children that ended. Ticks are 10 ms: too coarse for this process, which may be all.
-        total += sum(int(ticks) for ticks in fields[13 if process == own else 11 : 15]) / _TICKS
-    return total
-
-
-def spread(values: Sequence[float], digits: int = 2) -> str:
-    """`median (min to max)`."""
-    return f"{median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
-
-
-# ------------------------------------------------------------------------------------------------ arms
 
 
 class Floor:
@@ -125,7 +47,7 @@ class Floor:
         self._workers.close()
 
 
-def floor_arm(index: Index, batch: int, threads: int, seed: int) -> Arm:
+def decode_floor(index: Index, batch: int, threads: int, seed: int) -> Candidate:
     """The decode floor over the data set's own order of training."""
 
     def rows() -> Iterator[list[int]]:
@@ -133,21 +55,18 @@ def floor_arm(index: Index, batch: int, threads: int, seed: int) -> Arm:
         for positions in _positions(batch):
             yield stream.images(positions)[1].tolist()
 
-    return Arm("floor", lambda: Floor(index, rows(), threads))
+    return Candidate("floor", lambda: Floor(index, rows(), threads))
 
 
-def crops_arm(backend: str, index: Index, views: Sequence[View], batch: int, threads: int, seed: int) -> Arm:
+def crops_of(backend: str, index: Index, views: Sequence[View], batch: int, threads: int, seed: int) -> Candidate:
     """A back end alone: uint8 crops on the host, nothing after."""
-    module = loaders.load(backend)
-    device = torch.device("cpu")
+    options = loaders.load(backend).Options()
 
     def open_backend() -> Iterator[HostBatch]:
         stream = Stream(index, views, seed)
-        return module.open(
-            stream, _positions(batch), replace=True, workers=threads, device=device, options=module.Options()
-        )
+        return options.batches(Order(stream, _positions(batch), True, threads, torch.device("cpu")))
 
-    return Arm(backend, open_backend)
+    return Candidate(backend, open_backend)
 
 
 def _positions(batch: int) -> TrainPositions:
@@ -157,23 +76,7 @@ def _positions(batch: int) -> TrainPositions:
 # ------------------------------------------------------------------------------------------------ the mode
 
 
-def usable(data: DataConfig) -> dict[str, str]:
-    """Back end -> "" or why it cannot be measured for this data set."""
-    is_beton = Path(data.train or "").suffix == ".beton"
-    reasons = {}
-    for name in loaders.backends():
-        if name == "synthetic":
-            reasons[name] = "" if data.backend == name else "its images are not those of the data set"
-        elif data.backend == "synthetic":
-            reasons[name] = "the recipe's data set has no files"
-        elif name == "ffcv" and not is_beton:
-            reasons[name] = "the data set is no .beton; tools/convert_imagenet_to_ffcv.py makes one"
-        else:
-            reasons[name] = loaders.load(name).missing()
-    return reasons
-
-
-def loader(recipe: Recipe, *, batches: int = 12, rounds: int = 3) -> dict[str, Any]:
+def measure(recipe: Recipe, *, batches: int = 12, rounds: int = 3) -> dict[str, Any]:
     """Measure every back end for a recipe's training views on this machine.
 
     Returns:
@@ -184,16 +87,16 @@ def loader(recipe: Recipe, *, batches: int = 12, rounds: int = 3) -> dict[str, A
     index = loaders.open_data(data, "train")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     threads, batch = loaders.workers_per_rank(data, 1), data.micro_batch
-    reasons = usable(data)
+    reasons = loaders.why_unusable(data)
     names = [name for name, reason in reasons.items() if not reason]
-    has_floor = not turbo.why_missing() and data.backend != "synthetic"
-    arms = [floor_arm(index, batch, threads, recipe.seed)] if has_floor else []
+    has_floor = not turbo.why_missing() and data.options.reads_files
+    candidates = [decode_floor(index, batch, threads, recipe.seed)] if has_floor else []
     for name in names:
-        arms.append(crops_arm(name, index, data.views, batch, threads, recipe.seed))
-        arms.append(Arm(f"{name}, whole", _whole(recipe, name, index, device)))
-    found = measure(arms, batch=batch, batches=batches, rounds=rounds)
-    read_ms = _read_ms(index) if data.backend != "synthetic" else 0.0
-    floor_ms = median(found["floor"].cpu_ms) if has_floor else float("nan")
+        candidates.append(crops_of(name, index, data.views, batch, threads, recipe.seed))
+        candidates.append(Candidate(f"{name}, whole", _whole(recipe, name, index, device)))
+    speeds = interleave(candidates, batch=batch, batches=batches, rounds=rounds)
+    read_ms = _read_ms(index) if data.options.reads_files else 0.0
+    floor_ms = median(speeds["floor"].cpu_ms) if has_floor else float("nan")
     result: dict[str, Any] = {
         "recipe": recipe.name,
         "views": [f"{view.size} {view.crop} {view.interpolation}" for view in data.views],
@@ -202,44 +105,34 @@ def loader(recipe: Recipe, *, batches: int = 12, rounds: int = 3) -> dict[str, A
         "batch": batch,
         "rounds": rounds,
         "not_measured": {name: reason for name, reason in reasons.items() if reason},
-        "floor": found["floor"]._asdict() if has_floor else None,
+        "floor": asdict(speeds["floor"]) if has_floor else None,
         "backends": {},
         "environment": environment(),
     }
     for name in names:
-        crops, whole = found[name], found[f"{name}, whole"]
+        crops, whole = speeds[name], speeds[f"{name}, whole"]
         crops_ms, whole_ms = median(crops.cpu_ms), median(whole.cpu_ms)
         result["backends"][name] = {
-            "crops": crops._asdict(),
-            "whole": whole._asdict(),
+            "crops": asdict(crops),
+            "whole": asdict(whole),
             "per_core": median(whole.images_per_second) / threads,
             "of_floor": floor_ms / crops_ms,
             "phases_cpu_ms": {
                 "read": read_ms,
                 "decode": max(0.0, floor_ms - read_ms),
-                "crop, resize, hand over": crops_ms - floor_ms,
+                "crop, resize, return": crops_ms - floor_ms,
                 "copy, augment": whole_ms - crops_ms,
             },
         }
-    ranked = sorted(names, key=lambda name: -median(found[f"{name}, whole"].images_per_second))
+    ranked = sorted(names, key=lambda name: -median(speeds[f"{name}, whole"].images_per_second))
     result["best"] = ranked[0] if ranked else None
     return result
 
 
 def _whole(recipe: Recipe, backend: str, index: Index, device: torch.device) -> Callable[[], Iterator[Any]]:
-    module = loaders.load(backend)
-    options = recipe.data.options if backend == recipe.data.backend else module.Options()
-    data = recipe.data.model_copy(
-        update={
-            "backend": backend,
-            "batch_size": recipe.data.micro_batch,
-            "on_bad_image": "replace",
-            "options": options,
-        }
-    )
-    return lambda: loaders.open_train(
-        data, index, seed=recipe.seed, step=0, rank=0, world_size=1, local_world_size=1, device=device
-    )
+    changes = {"batch_size": recipe.data.micro_batch, "on_bad_image": "replace"}
+    data = loaders.with_backend(recipe.data, backend, **changes)
+    return lambda: loaders.open_train(data, index, seed=recipe.seed, place=loaders.Place(device=device))
 
 
 def _read_ms(index: Index) -> float:
@@ -265,29 +158,23 @@ def table(result: dict[str, Any]) -> str:
         f"device {result['device']}; median (min to max) of {result['rounds']} rounds",
         "",
         "| back end | images/s, whole loader | per core | images/s, uint8 crops | CPU ms: read | decode "
-        "| crop, resize, hand over | copy, augment | of the decode floor | first batch, s |",
+        "| crop, resize, return | copy, augment | of the decode floor | first batch, s |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     if floor := result["floor"]:
         lines.append(
-            f"| decode floor (libjpeg-turbo) | | | {spread(floor['images_per_second'], 0)} "
+            f"| decode floor (libjpeg-turbo) | | | {median_range(floor['images_per_second'], 0)} "
             f"| {median(floor['cpu_ms']):.2f} in all "
             "| | | | 1.00 | |"
         )
-    for name, found in result["backends"].items():
-        phases = " | ".join(f"{ms:.2f}" for ms in found["phases_cpu_ms"].values())
-        whole, crops = found["whole"], found["crops"]
+    for name, measured in result["backends"].items():
+        phases = " | ".join(f"{ms:.2f}" for ms in measured["phases_cpu_ms"].values())
+        whole, crops = measured["whole"], measured["crops"]
         lines.append(
-            f"| {name} | {spread(whole['images_per_second'], 0)} | {found['per_core']:.0f} | "
-            f"{spread(crops['images_per_second'], 0)} | {phases} | {found['of_floor']:.2f} | "
+            f"| {name} | {median_range(whole['images_per_second'], 0)} | {measured['per_core']:.0f} | "
+            f"{median_range(crops['images_per_second'], 0)} | {phases} | {measured['of_floor']:.2f} | "
             f"{median(whole['first_batch']):.2f} |"
         )
     lines += ["", *(f"not measured: {name}: {reason}" for name, reason in result["not_measured"].items())]
     lines.append(f"best here for this recipe: {result['best']}")
     return "\n".join(lines)
-
-
-def write(result: dict[str, Any], path: Path) -> None:
-    """Save a result as JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=2, default=str) + "\n", encoding="utf-8")

@@ -6,16 +6,20 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 from pydantic import Field, ValidationError, field_validator
 
 from engine import recipe as recipes
-from engine.recipe import EvalConfig, Recipe, RecipeError, Section, explain
-from models import methods
+from engine import strict_yaml
+from engine.errors import RecipeError
+from engine.explain import explain
+from engine.recipe import EvalConfig
+from engine.results.chain import Chain, Run, init_from, probe_of
+from models.contract import Strict
 
 
-class Row(Section):
+class Row(Strict):
     """One method of a table."""
 
     name: str = Field(min_length=1)
@@ -29,7 +33,7 @@ class Row(Section):
     """A variant of another row rather than a method of its own."""
 
 
-class Table(Section):
+class Table(Strict):
     """A file of `recipes/tables/`."""
 
     title: str
@@ -57,33 +61,13 @@ class Table(Section):
         return rows
 
 
-class Run(NamedTuple):
-    """One run of a chain, as `tools/train.py` takes it."""
-
-    path: Path
-    overrides: list[str]
-
-    def recipe(self) -> Recipe:
-        """The resolved recipe."""
-        return recipes.load(self.path, self.overrides)
-
-
-class Chain(NamedTuple):
-    """All runs of one row and seed, in order; the last one is the linear evaluation."""
-
-    name: str
-    seed: int
-    runs: list[Run]
-    needs_teacher: bool
-
-
 def load(path: Path) -> Table:
     """Read and validate a table.
 
     Raises:
         RecipeError: anything wrong with the file, a key, a value, or a recipe that it names.
     """
-    content = recipes.read(path)
+    content = strict_yaml.read(path)
     try:
         table = Table.model_validate_json(json.dumps(content))
     except ValidationError as error:
@@ -113,7 +97,7 @@ def teacher_chain(table: Table, path: Path, out: Path, extra: list[str]) -> Chai
 def chain(table: Table, row: Row, seed: int, path: Path, out: Path, extra: list[str]) -> Chain:
     """The runs of one row and seed in folders under `out`.
 
-    `init` entries that name the default run folder of the teacher or of an earlier stage are led to where that one
+    `init` entries that name the default run folder of the teacher or of an earlier stage are pointed to where that one
     runs here; all others stay.
 
     Args:
@@ -131,9 +115,9 @@ def chain(table: Table, row: Row, seed: int, path: Path, out: Path, extra: list[
         name = f"stage{number + 1}"
         sources = []
         for entry in recipe.init:
-            place = moved.get(str(Path(entry.source)))
-            needs_teacher |= place is not None and place == out / "teacher" / "teacher"
-            sources.append((place or entry.source, entry.load))
+            here = moved.get(str(Path(entry.source)))
+            needs_teacher |= here is not None and here == out / "teacher" / "teacher"
+            sources.append((here or entry.source, entry.load))
         steps = max(round(table.images / len(row.stages) / recipe.data.batch_size), 1)
         runs.append(
             Run(
@@ -144,7 +128,7 @@ def chain(table: Table, row: Row, seed: int, path: Path, out: Path, extra: list[
                     f"seed={seed}",
                     f"run.duration={steps}it",
                     f"evals={_knn(table, '100%')}",
-                    init(*sources),
+                    init_from(*sources),
                     *row.overrides,
                     *extra,
                 ],
@@ -163,26 +147,6 @@ def _knn(table: Table, every: str) -> str:
 
 
 def _probe(table: Table, path: Path, run: Run, folder: Path, seed: int, extra: list[str]) -> Run:
-    overrides = probe(run.recipe(), below_mlp=table.layer == "pooled")
-    return Run(_at(path, table.probe), [f"run.folder={folder}", "name=linear", f"seed={seed}", *overrides, *extra])
-
-
-def probe(recipe: Recipe, *, below_mlp: bool = False) -> list[str]:
-    """Overrides that point a linear evaluation at the network of a run; `below_mlp` at its pooled map."""
-    part = evaluated_part(recipe)
-    network: Any = dict(recipe.method)[part]
-    overrides = [f"method.backbone={network.model_dump_json()}", init((recipe.folder, {"backbone": part}))]
-    if below_mlp and getattr(network, "pooled_mlp", False):
-        overrides.append("method.trains=pre-fc")
-    return overrides
-
-
-def init(*sources: tuple[Path | str, dict[str, str]]) -> str:
-    """An `init` override: from these run folders or files, part of the method -> part of the source."""
-    return "init=" + json.dumps([{"from": str(source), "load": load} for source, load in sources])
-
-
-def evaluated_part(recipe: Recipe) -> str:
-    """The name of the part of a method that is evaluated, which is also its key in the recipe."""
-    method = methods.on_meta(recipe.method)
-    return next(name for name, part in method.named_children() if part is method.evaluated)
+    place = [f"run.folder={folder}", "name=linear", f"seed={seed}"]
+    changes = probe_of(run.recipe(), recipes.load(_at(path, table.probe)), layer=table.layer)
+    return Run(_at(path, table.probe), [*place, *changes, *extra])

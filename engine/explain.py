@@ -1,0 +1,82 @@
+"""What is wrong with a section, in one line: where, what was expected, what was given."""
+
+from __future__ import annotations
+
+import difflib
+import typing
+from collections.abc import Iterable
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+
+def explain(error: ValidationError, model: type[BaseModel], content: dict[str, Any]) -> str:
+    """One problem in one line, and how many more there are: a misspelled key if there is one, which may be the cause of
+    the others, else the first."""
+    problems = error.errors(include_url=False)
+    misspelled = (p for p in problems if p["type"] == "extra_forbidden" and _close(str(p["loc"][-1]), model, p["loc"]))
+    problem = next(misspelled, problems[0])
+    location = _location(problem["loc"], content)
+    key = ".".join(map(str, location))
+    if problem["type"] == "extra_forbidden":
+        text = f"unknown key, {suggest(str(location[-1]), _fields(model, problem['loc'][:-1]))}"
+    elif problem["type"] == "missing":
+        text = "missing"
+    else:
+        reason = problem["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
+        given = problem["input"]
+        shown = "" if isinstance(given, dict | list) or "got" in reason else f", got {given!r}"
+        text = reason[0].lower() + reason[1:] + shown
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return f"{key}: {text}{more}"
+
+
+def _location(loc: tuple[str | int, ...], content: Any) -> list[str | int]:
+    """The keys of a location, without the tags that pydantic adds for unions."""
+    keys: list[str | int] = []
+    place = content
+    for number, key in enumerate(loc):
+        if isinstance(place, dict) and key in place:
+            place = place[key]
+        elif isinstance(place, list) and isinstance(key, int) and key < len(place):
+            place = place[key]
+        elif number < len(loc) - 1:
+            continue
+        keys.append(key)
+    return keys
+
+
+def _fields(model: type[BaseModel], loc: tuple[str | int, ...]) -> set[str]:
+    """Names of the keys that are allowed at a location."""
+    places = {model}
+    for key in loc:
+        inner = {
+            found
+            for place in places
+            for name, field in place.model_fields.items()
+            if key in (name, field.alias)
+            for found in _models_in(field.annotation)
+        }
+        tagged = {place for place in places if key in _tags(place)}
+        places = inner or tagged or places
+    return {field.alias or name for place in places for name, field in place.model_fields.items()}
+
+
+def _models_in(annotation: Any) -> set[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return {annotation}
+    return {found for argument in typing.get_args(annotation) for found in _models_in(argument)}
+
+
+def _tags(model: type[BaseModel]) -> set[Any]:
+    return {item for field in model.model_fields.values() for item in typing.get_args(field.annotation)}
+
+
+def _close(name: str, model: type[BaseModel], loc: tuple[str | int, ...]) -> list[str]:
+    return difflib.get_close_matches(name, list(_fields(model, loc[:-1])), n=1)
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """The known name that was probably meant, or all of them."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"did you mean '{close[0]}'?" if close else f"expected one of {', '.join(sorted(known))}"

@@ -1,0 +1,66 @@
+"""The folder of a run: who may write to it, and all that it holds beside checkpoints and curves."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+from typing import TextIO
+
+from engine.errors import FolderError
+from engine.log import logger
+from engine.provenance import environment
+from engine.recipe import Recipe
+from loaders.files import aside
+
+
+class RunFolder:
+    """The run folder of a recipe, held against other processes until it is closed; only rank 0 has one.
+
+    Raises:
+        FolderError: it cannot be written, or another process holds it.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.path = recipe.folder
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.path / ".lock", "w")
+        except OSError as error:
+            raise FolderError(f"run.folder: {self.path} cannot be made or written: {error.strerror}") from None
+        try:
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, workers do not inherit it
+        except OSError:
+            raise FolderError(
+                f"{self.path}: another process is running here; wait for it or name this run anew"
+            ) from None
+        (self.path / "recipe.yaml").write_text(recipe.dump(), encoding="utf-8")
+        (self.path / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n", encoding="utf-8")
+
+    def open_rows(self, step: int) -> TextIO:
+        """`metrics.jsonl`, to be appended to; rows after `step`, of a run that was killed, are dropped."""
+        path = self.path / "metrics.jsonl"
+        kept = []
+        if step and path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    if json.loads(line)["step"] <= step:
+                        kept.append(line)
+                except (ValueError, KeyError):
+                    pass  # the last line of a run that was killed while writing it
+        with aside(path) as out:
+            out.part.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        return open(path, "a", encoding="utf-8")
+
+    def list_bad_images(self, bad: dict[str, str]) -> None:
+        """Write `bad_images.tsv`: path and reason of every image that was replaced so far."""
+        if not bad:
+            return
+        path = self.path / "bad_images.tsv"
+        logger.warning(f"{len(bad)} images could not be decoded and were replaced, listed in {path}")
+        with contextlib.suppress(OSError):
+            path.write_text("".join(f"{name}\t{reason}\n" for name, reason in sorted(bad.items())), encoding="utf-8")
+
+    def close(self) -> None:
+        """Let others write to it."""
+        self._lock.close()

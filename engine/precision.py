@@ -1,0 +1,24 @@
+"""The precision of training, `run.amp`: what a machine computes in, and what it only emulates."""
+
+from __future__ import annotations
+
+import torch
+
+from loaders import machine
+
+DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def choose(on_gpu: bool) -> str:
+    """What `run.amp: auto` stands for: fp16 on a GPU, as BURN's paper; on a CPU bf16 where it has instructions for it,
+    else float32."""
+    if on_gpu:
+        return "fp16"
+    return "bf16" if {"avx512_bf16", "amx_bf16"} & machine.cpu_flags() else "off"
+
+
+def warning(amp: str, device: torch.device) -> str:
+    """What a run in this precision will suffer from on this device and what to do, or ""."""
+    if device.type != "cpu" or amp in ("off", choose(on_gpu=False)):
+        return ""
+    return f"run.amp={amp} is emulated on this CPU, which is slower than float32; set run.amp={choose(on_gpu=False)}"

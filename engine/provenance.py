@@ -1,0 +1,51 @@
+"""What a result depends on beside its recipe: commit, versions, machine."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import loaders
+from loaders import machine
+
+
+def environment() -> dict[str, Any]:
+    """What a result depends on beside its recipe."""
+    here = Path(__file__).parent
+    return {
+        "commit": _git(here, "rev-parse", "HEAD"),
+        "uncommitted_changes": bool(_git(here, "status", "--porcelain")),
+        "python": platform.python_version(),
+        "versions": versions(),
+        "cpu": platform.processor() or platform.machine(),
+        "cores": machine.cores(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "cuda": torch.version.cuda,
+        "argv": sys.argv,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that numbers and pixels depend on."""
+    versions = {"torch": str(torch.__version__)}
+    for package in ("torchvision", "numpy", "pillow"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    for backend in loaders.backends():
+        versions |= loaders.load(backend).Options.versions()
+    return versions
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

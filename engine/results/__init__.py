@@ -1,0 +1,1 @@
+"""Reading, comparing and drawing what runs wrote. What trains knows nothing of it."""

@@ -1,0 +1,96 @@
+"""Recipes that run one after the other, each from what the last one learned, and a linear evaluation at the end."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from engine import checkpoint
+from engine import recipe as recipes
+from engine.recipe import Recipe
+from engine.results.runs import final, metrics
+from engine.results.scores import Outcome
+from models import methods
+
+
+class Run(NamedTuple):
+    """One run of a chain, as `tools/train.py` takes it."""
+
+    path: Path
+    overrides: list[str]
+
+    def recipe(self) -> Recipe:
+        """The resolved recipe."""
+        return recipes.load(self.path, self.overrides)
+
+    def is_done(self) -> bool:
+        """Whether it has reached its end with this very recipe."""
+        recipe = self.recipe()
+        kept = recipe.folder / "recipe.yaml"
+        if not kept.exists() or kept.read_text(encoding="utf-8") != recipe.dump():
+            return False
+        newest, _ = checkpoint.latest(recipe.folder / "checkpoints")
+        if newest is None:
+            return False
+        state = checkpoint.load(newest)
+        return state["step"] == state["total_steps"]
+
+
+class Chain(NamedTuple):
+    """All runs of one row and seed, in order; the last one is the linear evaluation."""
+
+    name: str
+    seed: int
+    runs: list[Run]
+    needs_teacher: bool
+
+    def run(self, start: Callable[[Run, Recipe, int], None]) -> Outcome:
+        """Run what is not done yet.
+
+        Args:
+            start: called with each such run, its recipe and its number from 1; returns when it has ended.
+        """
+        for number, run in enumerate(self.runs, 1):
+            if not run.is_done():
+                start(run, run.recipe(), number)
+        return self.outcome()
+
+    def outcome(self) -> Outcome:
+        """What the finished runs gave, from their own files."""
+        *pretraining, probe = [run.recipe() for run in self.runs]
+        last = [[row for row in metrics(recipe.folder) if "seconds" in row][-1] for recipe in pretraining]
+        return Outcome(
+            linear=final(probe.folder, "accuracy"),
+            knn=final(pretraining[-1].folder, "knn"),
+            images=sum(row["images"] for row in last),
+            seconds=round(sum(row["seconds"] for row in last), 1),
+            monitors={name: value for name, value in last[-1].items() if "/" in name},
+            recipes=[recipe.hash for recipe in (*pretraining, probe)],
+        )
+
+
+def probe_of(recipe: Recipe, probe: Recipe, *, layer: Literal["features", "pooled"]) -> list[str]:
+    """Overrides that point a linear evaluation at the network that a run trains.
+
+    Args:
+        recipe: of the run.
+        probe: of the linear evaluation.
+        layer: what it looks at: the network's features, or the pooled map below them.
+    """
+    part = evaluated_part(recipe)
+    method = probe.method.probing(recipe.method.networks[part], layer)
+    load = dict.fromkeys(method.networks, part)
+    return [f"method={method.model_dump_json()}", init_from((recipe.folder, load))]
+
+
+def init_from(*sources: tuple[Path | str, dict[str, str]]) -> str:
+    """An `init` override: from these run folders or files, part of the method -> part of the source."""
+    return "init=" + json.dumps([{"from": str(source), "load": load} for source, load in sources])
+
+
+def evaluated_part(recipe: Recipe) -> str:
+    """The name of the part of a method that is evaluated, which is also its key in the recipe."""
+    method = methods.on_meta(recipe.method)
+    return next(name for name, part in method.named_children() if part is method.evaluated)

@@ -1,0 +1,34 @@
+"""What runs wrote, read back; and results as JSON."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from loaders.files import aside
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a run's `metrics.jsonl`."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def final(folder: Path, evaluation: str, name: str = "top1") -> float:
+    """The last score of an evaluation in a run."""
+    return [row[name] for row in metrics(folder) if row.get("evaluation") == evaluation][-1]
+
+
+def curve(folder: Path, name: str, evaluation: str | None = None) -> tuple[list[float], list[float]]:
+    """Epochs and values of a scalar of a run."""
+    rows = [row for row in metrics(folder) if row.get("evaluation") == evaluation and name in row]
+    return [row["epoch"] for row in rows], [row[name] for row in rows]
+
+
+def write_json(result: Any, path: Path) -> None:
+    """Save a result: a dataclass, or plain data."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = asdict(result) if is_dataclass(result) and not isinstance(result, type) else result
+    with aside(path) as out:
+        out.part.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")

@@ -1,0 +1,144 @@
+"""YAML without surprises: plain scalars of YAML 1.2, no aliases, no duplicate keys; `base:` files and overrides."""
+
+from __future__ import annotations
+
+import re
+import typing
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from engine.errors import RecipeError
+
+_MAX_BYTES = 1_000_000
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML 1.2's plain scalars: `3e-4` is a number, `on` and `010` are text. No aliases, no duplicate keys."""
+
+    yaml_implicit_resolvers: typing.ClassVar[dict[str, Any]] = {}  # type: ignore[misc]  # its own, not the parent's
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise RecipeError(f"line {self.peek_event().start_mark.line + 1}: aliases (*name) are not allowed")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            line = key_node.start_mark.line + 1
+            if not isinstance(key, str):
+                raise RecipeError(f"line {line}: key {key!r} is not a word")
+            if key in seen:
+                raise RecipeError(f"line {line}: duplicate key {key!r}")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+for _tag, _pattern, _first in (
+    ("null", r"null|~|", ["n", "~", ""]),
+    ("bool", r"true|false", list("tf")),
+    ("int", r"[-+]?(?:0|[1-9][0-9]*)", list("-+0123456789")),
+    (
+        "float",
+        r"[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?",
+        list("-+.0123456789"),
+    ),
+):
+    _StrictLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})\Z"), _first)
+
+
+def parse(text: str) -> Any:
+    """Plain data of a YAML text."""
+    # Text goes in, so no byte order mark or other encoding is guessed; nothing but plain data comes out.
+    return yaml.load(text, Loader=_StrictLoader)
+
+
+def read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A strict YAML file's content, merged over that of its `base`: one file, or a list of them, later ones winning.
+
+    Raises:
+        RecipeError: no such file, or anything wrong with its text.
+    """
+    if path.resolve() in seen:
+        raise RecipeError(f"{path}: base: the recipe is its own base")
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise RecipeError(f"{path}: larger than {_MAX_BYTES} bytes, this is not a recipe")
+        content = parse(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError(f"{path}: no such file; expected a recipe such as recipes/burn_stage1.yaml") from None
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise RecipeError(f"{path}: is not UTF-8 text") from None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: not valid YAML: {_yaml_reason(error)}") from None
+    except RecursionError:
+        raise RecipeError(f"{path}: nested too deeply") from None
+    except RecipeError as error:
+        raise error if str(error).startswith(str(path)) else RecipeError(f"{path}: {error}") from None
+    if not isinstance(content, dict):
+        raise RecipeError(f"{path}: expected sections such as method, data and run")
+    bases = content.pop("base", [])
+    bases = bases if isinstance(bases, list) else [bases]
+    merged: dict[str, Any] = {}
+    for base in bases:
+        if not isinstance(base, str):
+            raise RecipeError(f"{path}: base: expected the path of a recipe or a list of them, got {base!r}")
+        merged = _merge(merged, read(path.parent / base, (*seen, path.resolve())))
+    return _merge(merged, content)
+
+
+def _yaml_reason(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    reason = getattr(error, "problem", None) or str(error).splitlines()[0]
+    return f"line {mark.line + 1}: {reason}" if mark else reason
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Sections merge key by key; lists and scalars are replaced."""
+    merged = dict(base)
+    for key, item in over.items():
+        both = isinstance(item, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], item) if both else item
+    return merged
+
+
+def override(content: dict[str, Any], change: str) -> None:
+    """Change merged content in place by `section.key=value` with a YAML value; a number addresses an item of a list.
+
+    Raises:
+        RecipeError: it is not of that form, or leads nowhere.
+    """
+    path, equals, text = change.partition("=")
+    if not equals or not path:
+        raise RecipeError(f"override {change!r}: expected section.key=value")
+    try:
+        item = parse(text)
+    except (yaml.YAMLError, RecipeError) as error:
+        raise RecipeError(f"override {change!r}: not a YAML value") from error
+    *parents, last = path.split(".")
+    place: Any = content
+    for key in parents:
+        if isinstance(place, list):
+            place = place[_item(place, key, change)]
+        else:
+            if not isinstance(place.get(key), dict | list):
+                place[key] = {}
+            place = place[key]
+    if isinstance(place, list):
+        place[_item(place, last, change)] = item
+    elif isinstance(place, dict):
+        place[last] = item
+    else:
+        raise RecipeError(f"override {change!r}: {'.'.join(parents)} is not a section")
+
+
+def _item(items: list[Any], key: str, change: str) -> int:
+    if not key.isdigit() or int(key) >= len(items):
+        raise RecipeError(f"override {change!r}: expected a number from 0 to {len(items) - 1}, got {key!r}")
+    return int(key)
