@@ -1,9 +1,9 @@
-"""Two ratios on one machine, rounds in turn (A B A B): the converter against its floor, and colours on a CPU.
+"""Two ratios on one machine, rounds in turn (A B A B): the converter against its floor, and colors on a CPU.
 
     python benchmarks/convert_and_augment.py data/photos      # two minutes; writes convert_and_augment.json
 
 Conversion: tools/convert_imagenet_to_ffcv.py with every image decoded and encoded again, against decoding and encoding
-the same images in as many threads and keeping nothing. Colours: `augment_batch` image by image, as on a CPU, against
+the same images in as many threads and keeping nothing. Colors: `augment_batch` image by image, as on a CPU, against
 the branch-free frame of GPUs, uncompiled, both on one thread.
 """
 
@@ -23,11 +23,13 @@ import convert_imagenet_to_ffcv as converter
 import torch
 from torchvision.io import encode_jpeg
 
-from engine import bench
-from engine.log import environment
+from engine.bench.clock import median_range
+from engine.provenance import environment
+from engine.results.runs import write_json
 from loaders.augment import augment_batch
-from loaders.index import Index, open_index
+from loaders.index import Index
 from loaders.sampler import Stream
+from loaders.sources import open_index
 from loaders.views import View
 
 
@@ -59,7 +61,7 @@ def conversion(source: Path, index: Index, workers: int, rounds: int) -> list[fl
         return paired(floor, lambda: converter.convert(options), rounds)
 
 
-def colours(index: Index, preset: str, rounds: int, batch: int = 32) -> list[float]:
+def colors(index: Index, preset: str, rounds: int, batch: int = 32) -> list[float]:
     view = View.model_validate({"preset": preset})
     images = torch.randint(0, 256, (batch, view.size, view.size, 3), dtype=torch.uint8)
     color = torch.from_numpy(Stream(index, [view], 0).plan(range(batch)).color[:, 0])
@@ -83,14 +85,14 @@ def main() -> int:
     conversion(arguments.data / "train", index, arguments.workers, 1)  # files into the page cache
     result: dict[str, Any] = {
         "conversion_time_over_floor": conversion(arguments.data / "train", index, arguments.workers, 5),
-        "batched_time_over_image_by_image": {p: colours(index, p, 7) for p in ("burn", "moco_v2", "swav_small")},
+        "batched_time_over_image_by_image": {p: colors(index, p, 7) for p in ("burn", "moco_v2", "swav_small")},
         "workers": arguments.workers,
         "environment": environment(),
     }
-    print("conversion, times the floor", bench.spread(result["conversion_time_over_floor"]))
+    print("conversion, times the floor", median_range(result["conversion_time_over_floor"]))
     for preset, ratios in result["batched_time_over_image_by_image"].items():
-        print(f"colours, batched over image by image: {preset}", bench.spread(ratios))
-    bench.write(result, Path(__file__).with_suffix(".json"))
+        print(f"colors, batched over image by image: {preset}", median_range(ratios))
+    write_json(result, Path(__file__).with_suffix(".json"))
     return 0
 
 

@@ -13,6 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,14 @@ sys.path.insert(0, str(ROOT))
 import torch
 import torch.nn.functional as F
 
-from engine import bench_step
 from engine import recipe as recipes
-from engine.log import environment
+from engine.bench import step as step_bench
+from engine.bench.clock import ceilings, device_seconds
+from engine.provenance import environment
 from models import halfblock
-from models.binary import BinaryConv2d, signs_and_scales
+from models.binary import BinaryConv2d
 from models.reactnet import Config, ReActNet
+from models.weight_signs import signs_and_scales
 
 
 class Skip(Exception):
@@ -76,13 +79,13 @@ def exact_convolutions() -> dict[str, Any]:
 def convolutions(batch: int) -> dict[str, Any]:
     """What cuDNN reaches of the product's ceiling in each binary convolution of the student."""
     torch.backends.cudnn.benchmark = True
-    limits = bench_step.ceilings(torch.device("cuda"))
+    limits = ceilings(torch.device("cuda"))
     assert limits is not None
     found = {}
     for name, c_in, c_out, kernel, stride, side in shapes():
         x = torch.randn(batch, c_in, side, side, device="cuda").sign().half().to(memory_format=torch.channels_last)
         w = torch.randn(c_out, c_in, kernel, kernel, device="cuda").sign().half().to(memory_format=torch.channels_last)
-        found[name] = convolution_times(x, w, stride, limits["matmul_flops"], bench_step.device_seconds)
+        found[name] = convolution_times(x, w, stride, limits.matmul_flops, device_seconds)
     return found
 
 
@@ -117,20 +120,20 @@ def weights() -> dict[str, Any]:
     wanted = signs_and_scales([weight.double() for weight in all_weights], torch.float16)  # float64: by PyTorch
     assert torch.equal(signs, wanted[0]) and torch.allclose(scales.double(), wanted[1], rtol=1e-5)
     return {
-        "kernel_us": 1e6 * bench_step.device_seconds(lambda: kernels.weight_signs(all_weights, torch.float16)),
+        "kernel_us": 1e6 * device_seconds(lambda: kernels.weight_signs(all_weights, torch.float16)),
         "one_by_one_us": 1e6
-        * bench_step.device_seconds(lambda: [(w.sign().half(), w.abs().mean((1, 2, 3))) for w in all_weights]),
+        * device_seconds(lambda: [(w.sign().half(), w.abs().mean((1, 2, 3))) for w in all_weights]),
     }
 
 
 def half_blocks() -> dict[str, Any]:
     """The kernels against PyTorch on this device, at real sizes; and what of the copy ceiling they reach."""
-    ceiling = bench_step.ceilings(torch.device("cuda"))
-    assert ceiling is not None
+    limits = ceilings(torch.device("cuda"))
+    assert limits is not None
     cases = (("same", 32, 112), ("doubled", 64, 112), ("same", 128, 56), ("pooled", 256, 28), ("doubled", 512, 14),
              ("same", 1024, 7))  # fmt: skip
     return {
-        f"{residual} {channels} {side}": _half_block(residual, channels, side, ceiling["copy_bytes_per_second"])
+        f"{residual} {channels} {side}": _half_block(residual, channels, side, limits.copy_bytes_per_second)
         for residual, channels, side in cases
     }
 
@@ -152,15 +155,17 @@ def _half_block(residual: str, channels: int, side: int, copy: float) -> dict[st
     mean, var = kernels.statistics(c)
     want_var, want_mean = torch.var_mean(c.float(), dim=(0, 2, 3), correction=0)
     assert torch.allclose(mean, want_mean, atol=1e-3, rtol=1e-4) and torch.allclose(var, want_var, rtol=1e-3)
-    h, s = kernels.apply(c, stream, scale, shift, slope, out, threshold, residual, True)
-    u = halfblock._u(c, stream, scale, shift, residual)
-    want = torch.where(u > 0, u, u * halfblock._channels(slope)) + halfblock._channels(out)
+    h, s = kernels.apply(c, stream, vectors, residual, True)
+    u = halfblock.pre_activation(c, stream, scale, shift, residual)
+    want = torch.where(u > 0, u, u * halfblock.per_channel(slope)) + halfblock.per_channel(out)
     assert torch.allclose(h.float(), want, atol=2e-2, rtol=2e-2)
-    assert torch.equal(s.float(), (h.float() + halfblock._channels(threshold)).sign())
-    rest = (c, stream, *vectors, mean, (var + 1e-5).rsqrt(), residual, "burn", True)
+    assert torch.equal(s.float(), (h.float() + halfblock.per_channel(threshold)).sign())
+    all_vectors = [*vectors, mean, (var + 1e-5).rsqrt()]
+    rest = (c, stream, all_vectors, residual, "burn", True)
     du, sums = kernels.backward_sums(grad_h, grad_s, *rest)
-    wide = [x.double() for x in (grad_h, grad_s, *rest[:9])]  # float64 goes through the PyTorch formulas
-    want_du, want_sums = halfblock.backward_sums(*wide, residual, "burn", True)
+    in_float64 = [x.double() for x in (grad_h, grad_s, c, stream)]  # float64 goes through the PyTorch formulas
+    vectors64 = [vector.double() for vector in all_vectors]
+    want_du, want_sums = halfblock.backward_sums(*in_float64, vectors64, residual, "burn", True)
     off = ~torch.isclose(du.double(), want_du, atol=2e-2, rtol=2e-2)  # where |z| rounds to the other side of 1
     assert off.double().mean() < 2e-3, off.double().mean()
     assert ((sums - want_sums).abs() / want_sums.abs().amax(dim=1, keepdim=True)).max() < 2e-2
@@ -169,11 +174,11 @@ def _half_block(residual: str, channels: int, side: int, copy: float) -> dict[st
     assert torch.allclose(dc.double(), want_dc, atol=2e-2, rtol=2e-2)
     work: dict[str, tuple[Callable[[], Any], int]] = {
         "statistics": (lambda: kernels.statistics(c), c.nbytes),
-        "apply": (lambda: kernels.apply(c, stream, *vectors, residual, True), 3 * c.nbytes + stream.nbytes),
+        "apply": (lambda: kernels.apply(c, stream, vectors, residual, True), 3 * c.nbytes + stream.nbytes),
         "backward_sums": (lambda: kernels.backward_sums(grad_h, grad_s, *rest), 4 * c.nbytes + stream.nbytes),
         "backward_input": (lambda: kernels.backward_input(grad_h, c, scale, shift, slope), 3 * c.nbytes),
     }
-    times = {name: (bench_step.device_seconds(run), moved) for name, (run, moved) in work.items()}
+    times = {name: (device_seconds(run), moved) for name, (run, moved) in work.items()}
     return {name: {"us": 1e6 * seconds, "of_copy": moved / seconds / copy} for name, (seconds, moved) in times.items()}
 
 
@@ -202,28 +207,29 @@ def _all_kernels(channels: int, side: int) -> float:
 
     def work() -> None:
         kernels.statistics(c)
-        kernels.apply(c, stream, *vectors[:5], "same", True)
-        kernels.backward_sums(grad_h, grad_s, c, stream, *vectors, "same", "burn", True)
+        kernels.apply(c, stream, vectors[:5], "same", True)
+        kernels.backward_sums(grad_h, grad_s, c, stream, vectors, "same", "burn", True)
         kernels.backward_input(grad_h, c, *vectors[:3])
 
-    return bench_step.device_seconds(work)
+    return device_seconds(work)
 
 
 def step(recipe: str, micro_batch: int) -> dict[str, Any]:
-    """Every arm of the step benchmark, interleaved."""
+    """Every variant of the step benchmark, interleaved."""
     loaded = recipes.load(
         ROOT / "recipes" / recipe,
         [f"data.batch_size={micro_batch}", f"data.micro_batch={micro_batch}", "data.backend=synthetic",
          "data.expect_images=null", "data.options={}", "run.device=cuda"],
     )  # fmt: skip
-    result = bench_step.measure(loaded, "step", steps=10, rounds=4, warm_up=5)
-    print(bench_step.table(result), flush=True)
+    measured = step_bench.measure(loaded, "step", steps=10, rounds=4, warm_up=5)
+    print(step_bench.table(measured), flush=True)
+    result = asdict(measured)
     if recipe == "burn_stage2.yaml":
-        _add_traffic(result)
+        result["traffic"] = _traffic(measured)
     return result
 
 
-def _add_traffic(result: dict[str, Any]) -> None:
+def _traffic(measured: step_bench.Result) -> dict[str, dict[str, float]]:
     """Bytes that benchmarks/traffic.py counted for these graphs, and the bandwidth that they and the speed make."""
     networks = json.loads((ROOT / "benchmarks" / "traffic.json").read_text())["networks"]
     plain = "student, compiled", "teacher, teacher_bn train"
@@ -233,12 +239,15 @@ def _add_traffic(result: dict[str, Any]) -> None:
         "fused": ("student, fused", plain[1]),
         "fused, teacher_bn eval": ("student, fused", "teacher, teacher_bn eval"),
     }
-    for arm, names in graphs.items():
+    assert measured.ceilings is not None
+    traffic = {}
+    for variant, names in graphs.items():
         counted = sum(networks[name]["mb"] for name in names)
-        speed = result["arms"][arm]["images_per_second"]
-        of_copy = 1e6 * counted * speed / result["ceilings"]["copy_bytes_per_second"]
-        result["arms"][arm] |= {"counted_mb_per_image": counted, "of_copy": of_copy}
-        print(f"{arm}: {counted:.0f} MB an image, {counted * speed / 1e6:.2f} TB/s, {100 * of_copy:.0f} % of the copy")
+        speed = measured.variants[variant].images_per_second
+        of_copy = 1e6 * counted * speed / measured.ceilings.copy_bytes_per_second
+        traffic[variant] = {"counted_mb_per_image": counted, "of_copy": of_copy}
+        print(f"{variant}: {counted:.0f} MB per image, {counted * speed / 1e6:.2f} TB/s, {100 * of_copy:.0f} % of copy")
+    return traffic
 
 
 def with_loader(images: Path | None) -> dict[str, Any]:
@@ -247,16 +256,16 @@ def with_loader(images: Path | None) -> dict[str, Any]:
         raise Skip("no images: --images FOLDER, such as tools/make_images.py photos makes")
     from loaders import dali_loader
 
-    if lacks := dali_loader.missing():
+    if lacks := dali_loader.Options.missing():
         raise Skip(lacks)
     loaded = recipes.load(
         ROOT / "recipes" / "burn_stage2.yaml",
         [f"data.train={images}", "data.batch_size=256", "data.micro_batch=256", "data.expect_images=null",
          "run.device=cuda", "evals=[]"],
     )  # fmt: skip
-    result = bench_step.measure(loaded, "train", steps=8, rounds=3, warm_up=5)
-    print(bench_step.table(result), flush=True)
-    return result
+    result = step_bench.measure(loaded, "train", steps=8, rounds=3, warm_up=5)
+    print(step_bench.table(result), flush=True)
+    return asdict(result)
 
 
 def tests() -> dict[str, Any]:
@@ -279,7 +288,7 @@ def main() -> int:
     started = time.monotonic()
     result: dict[str, Any] = {"device": torch.cuda.get_device_name(), "environment": environment(), "sections": {}}
     sections: dict[str, Callable[[], Any]] = {
-        "ceilings": lambda: bench_step.ceilings(torch.device("cuda")),
+        "ceilings": lambda: ceilings(torch.device("cuda")),
         "exact convolutions": exact_convolutions,
         "convolutions": lambda: convolutions(arguments.micro_batch),
         "half blocks": half_blocks,

@@ -3,8 +3,8 @@
     python tools/make_images.py photos data/photos --limit 1200
     python benchmarks/loaders.py data/photos          # about 12 minutes on two cores; a quiet machine
 
-Writes benchmarks/loaders.json, loaders.md and loaders.png. Everything hands over uint8 crops of one batch; the
-authors' way has its colours in the loader, as theirs has, ours on the training device or after the loader.
+Writes benchmarks/loaders.json, loaders.md and loaders.png. Everything returns uint8 crops of one batch; the
+authors' way augments colors in the loader, as theirs does, ours on the training device or after the loader.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import random
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -28,11 +29,12 @@ from torchvision import transforms as v1
 from torchvision.io import ImageReadMode, decode_image, read_file
 from torchvision.transforms import v2
 
-from engine import bench
-from engine.bench import Arm
-from engine.log import environment
-from loaders import turbo
-from loaders.index import Index, open_index
+from engine.bench.clock import Candidate, interleave, median_range
+from engine.bench.loader import crops_of, decode_floor
+from engine.provenance import environment
+from engine.results.runs import write_json
+from loaders import Index, turbo
+from loaders.sources import open_index
 from loaders.views import View
 
 BATCH, SEED = 64, 0
@@ -115,28 +117,28 @@ def decode_tensor(path: bytes) -> torch.Tensor:
     return decode_image(read_file(os.fsdecode(path)), mode=ImageReadMode.RGB)
 
 
-def peer_arm(name: str, dataset: Dataset[Any], workers: int) -> Arm:
+def peer(name: str, dataset: Dataset[Any], workers: int) -> Candidate:
     """A plain DataLoader that does not end, so that no start of workers is timed."""
 
     def batches() -> Iterator[Any]:
         endless = RandomSampler(dataset, replacement=True, num_samples=10**6)  # type: ignore[arg-type]
         return iter(DataLoader(dataset, BATCH, sampler=endless, num_workers=workers, prefetch_factor=2))
 
-    return Arm(name, batches)
+    return Candidate(name, batches)
 
 
-def arms_of(job: str, index: Index, betons: dict[str, Index], workers: int) -> list[Arm]:
+def candidates_of(job: str, index: Index, betons: dict[str, Index], workers: int) -> list[Candidate]:
     views = tuple(View.model_validate(view) for view in JOBS[job])
     pil, tensor = [pil_transform(v) for v in views], [tensor_transform(v) for v in views]
-    arms = [
-        peer_arm("torchvision v1 on PIL", Files(index, decode_pil, pil), workers),
-        peer_arm("torchvision v2 on tensors", Files(index, decode_tensor, tensor), workers),
-        bench.floor_arm(index, BATCH, workers, SEED),
+    candidates = [
+        peer("torchvision v1 on PIL", Files(index, decode_pil, pil), workers),
+        peer("torchvision v2 on tensors", Files(index, decode_tensor, tensor), workers),
+        decode_floor(index, BATCH, workers, SEED),
     ]
-    arms += [bench.crops_arm(name, index, views, BATCH, workers, SEED) for name in ("turbo", "folder", "dali")]
+    candidates += [crops_of(name, index, views, BATCH, workers, SEED) for name in ("turbo", "folder", "dali")]
     for mode, beton in betons.items():
-        arms.append(Arm(f"ffcv, {mode}", bench.crops_arm("ffcv", beton, views, BATCH, workers, SEED).open))
-    return arms
+        candidates.append(Candidate(f"ffcv, {mode}", crops_of("ffcv", beton, views, BATCH, workers, SEED).open))
+    return candidates
 
 
 def convert(source: Path, folder: Path) -> dict[str, Path]:
@@ -165,20 +167,20 @@ def markdown(result: dict[str, Any]) -> str:
         f"threads or workers each, batches of {BATCH}, {result['rounds']} rounds of {result['batches']} batches. "
         "Ratios of images per second to the authors' way in the same round: median (min to max); CPU ratios are of CPU "
         "time per image and suffer less from other load. The decode floor reads and decodes every pixel with "
-        "libjpeg-turbo on the same cores and does nothing else. uint8 crops are handed over; the authors' way has its "
-        "colours in the loader.", "",
+        "libjpeg-turbo on the same cores and does nothing else. Returning uint8 crops; the authors' way augments "
+        "colors in the loader.", "",
         "![ratios](loaders.png)",
     ]  # fmt: skip
     for job, found in result["jobs"].items():
-        head = "| loader | images/s ratio | CPU ratio | CPU ms an image | first batch, s | asked |"
+        head = "| loader | images/s ratio | CPU ratio | CPU ms per image | first batch, s | asked |"
         lines += ["", f"## {TITLES[job]}", "", head, "|---|---|---|---|---|---|"]
-        for name, arm in found.items():
+        for name, speed in found.items():
             asked = ASKED[job].get(name, "")
             lines.append(
-                f"| {name} | {bench.spread(arm['ratio'])} | {bench.spread(arm['cpu_ratio'])} | "
-                f"{median(arm['cpu_ms']):.2f} | {median(arm['first_batch']):.2f} | {asked} |"
+                f"| {name} | {median_range(speed['ratio'])} | {median_range(speed['cpu_ratio'])} | "
+                f"{median(speed['cpu_ms']):.2f} | {median(speed['first_batch']):.2f} | {asked} |"
             )
-    lines += ["", f"Disk: JPEG files {result['kib']:.0f} KiB an image"
+    lines += ["", f"Disk: JPEG files {result['kib']:.0f} KiB per image"
               + "".join(f", .beton {mode} {kib:.0f}" for mode, kib in result["beton_kib"].items()) + "."]  # fmt: skip
     return "\n".join(lines) + "\n"
 
@@ -210,7 +212,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batches", type=int, default=14)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--only", nargs="+", help="only these arms, beside the authors' way")
+    parser.add_argument("--only", nargs="+", help="only these candidates, beside the authors' way")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -228,23 +230,23 @@ def main() -> int:
             mode: float(beton.pieces.length.mean() / 1024) for mode, beton in betons.items() if beton.pieces
         }
         for job in arguments.jobs:
-            arms = arms_of(job, index, betons, arguments.workers)
+            candidates = candidates_of(job, index, betons, arguments.workers)
             if arguments.only:
-                arms = [arm for arm in arms if arm.name in arguments.only or arm is arms[0]]
-            found = bench.measure(arms, batch=BATCH, batches=arguments.batches, rounds=arguments.rounds)
-            base = found[arms[0].name]
+                candidates = [c for c in candidates if c.name in arguments.only or c is candidates[0]]
+            speeds = interleave(candidates, batch=BATCH, batches=arguments.batches, rounds=arguments.rounds)
+            base = speeds[candidates[0].name]
             result["jobs"][job] = {
                 name: {
-                    **arm._asdict(),
-                    "ratio": [a / b for a, b in zip(arm.images_per_second, base.images_per_second, strict=True)],
-                    "cpu_ratio": [b / a for a, b in zip(arm.cpu_ms, base.cpu_ms, strict=True)],
+                    **asdict(speed),
+                    "ratio": [a / b for a, b in zip(speed.images_per_second, base.images_per_second, strict=True)],
+                    "cpu_ratio": [b / a for a, b in zip(speed.cpu_ms, base.cpu_ms, strict=True)],
                 }
-                for name, arm in found.items()
+                for name, speed in speeds.items()
             }
-            for name, arm in result["jobs"][job].items():
-                ratios = f"{bench.spread(arm['ratio'])}  cpu {bench.spread(arm['cpu_ratio'])}"
-                print(f"{job:12} {name:26} {ratios}  {median(arm['cpu_ms']):.2f} ms", flush=True)
-    bench.write(result, arguments.out / "loaders.json")
+            for name, speed in result["jobs"][job].items():
+                ratios = f"{median_range(speed['ratio'])}  cpu {median_range(speed['cpu_ratio'])}"
+                print(f"{job:12} {name:26} {ratios}  {median(speed['cpu_ms']):.2f} ms", flush=True)
+    write_json(result, arguments.out / "loaders.json")
     (arguments.out / "loaders.md").write_text(markdown(result), encoding="utf-8")
     draw(result, arguments.out / "loaders.png")
     return 0

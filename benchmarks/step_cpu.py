@@ -6,9 +6,9 @@ Writes benchmarks/step_cpu.json, step_cpu.png (phases) and growth.png.
 """
 
 import argparse
-import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -18,11 +18,15 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
-from engine import bench_step, dist, report
+from engine import dist
 from engine import recipe as recipes
-from engine.bench_step import Resident, Running
-from engine.log import environment, to_console
+from engine.bench import step as step_bench
+from engine.bench.variants import Resident, variants
+from engine.log import to_console
+from engine.provenance import environment
 from engine.recipe import Recipe
+from engine.results.figures import draw_phases
+from engine.results.runs import write_json
 
 SMALL = ["data.backend=synthetic", "data.options={}", "run.device=cpu", "init=[]", "evals=[]"]
 HERE = Path(__file__).resolve().parent
@@ -34,41 +38,37 @@ def small(*overrides: str) -> Recipe:
 
 
 def saved_bytes() -> dict[str, float]:
-    """MB an image that BURN's step at 224 keeps for the backward: the slope over the batch, so weights do not count."""
+    """MB per image that BURN's step at 224 keeps for the backward: the slope over the batch, without weights."""
     loaded = recipes.load(
         ROOT / "recipes/burn_stage2.yaml",
         [*SMALL, "data.expect_images=null", "data.batch_size=2", "data.micro_batch=2"],
     )
     world = dist.start("cpu", 60)
     found = {}
-    for arm in bench_step.arms(loaded, world.device):
+    for variant in variants(loaded, world.device):
         for amp in ("off", "bf16"):
-            if arm.is_reference != (amp == "off") or not arm.same_maths:
+            if variant.is_reference != (amp == "off") or not variant.same_maths:
                 continue
-            run = arm.recipe.run.model_copy(update={"amp": amp})
-            recipe = arm.recipe.model_copy(update={"run": run})
-            trainer = bench_step.trainer_of(arm._replace(recipe=recipe), world)
-            sizes = [bench_step.saved_bytes(trainer, next(Resident(recipe, world.device, n))) for n in (2, 4)]
-            name = f"{arm.name}, {'float32' if amp == 'off' else '16-bit'}"
+            run = variant.recipe.run.model_copy(update={"amp": amp})
+            recipe = variant.recipe.model_copy(update={"run": run})
+            trainer = variant._replace(recipe=recipe).trainer(world)
+            sizes = [step_bench.saved_bytes(trainer, next(Resident(recipe, world.device, n))) for n in (2, 4)]
+            name = f"{variant.name}, {'float32' if amp == 'off' else '16-bit'}"
             found[name] = (sizes[1] - sizes[0]) / 2 / 1e6
-            print(name, f"{found[name]:.1f} MB an image", flush=True)
+            print(name, f"{found[name]:.1f} MB per image", flush=True)
             torch._dynamo.reset()
     return found
 
 
 def one(overrides: list[str]) -> float:
-    """Images per second of the eager step on one thread a rank."""
+    """Images per second of the eager step on one thread per rank."""
     recipe = small(*overrides)
     world = dist.start("cpu", 60)
     torch.set_num_threads(1)
-    arm = bench_step.arms(recipe, world.device)[1]
-    running = Running(arm, world)
-    running.feed(Resident(arm.recipe, world.device))
-    bench_step.watch(running.trainer, running.phases)
-    running.run(3)
-    times = [sum(step.values()) for step in running.run(10)]
+    eager = next(variant for variant in variants(recipe, world.device) if variant.name == "eager")
+    speed = step_bench.images_per_second(eager.recipe, world, warm_up=3, steps=10)
     dist.stop()
-    return 1000 * recipe.data.batch_size / median(times)
+    return speed
 
 
 def measured(ranks: int, *overrides: str) -> float:
@@ -82,7 +82,7 @@ def measured(ranks: int, *overrides: str) -> float:
 
 
 def growth() -> dict[str, dict[str, float]]:
-    """Milliseconds an image against batch, side, views and ranks, in turn."""
+    """Milliseconds per image against batch, side, views and ranks, in turn."""
     view = "{crop: random, size: %d, scale: [0.4, 1.0]}"
 
     def batch(size: int) -> list[str]:
@@ -110,7 +110,7 @@ def growth() -> dict[str, dict[str, float]]:
 
 
 def draw_growth(found: dict[str, dict[str, float]], out: Path) -> None:
-    """Four panels: milliseconds an image, and images per second for ranks."""
+    """Four panels: milliseconds per image, and images per second for ranks."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -130,10 +130,10 @@ def draw_growth(found: dict[str, dict[str, float]], out: Path) -> None:
                 axis.plot(x, [ms[0] * (n / x[0]) ** 2 for n in x], ":", color="gray", label="by pixels")
             if title.startswith("views"):
                 axis.plot(x, [ms[0] * n / x[0] for n in x], ":", color="gray", label="by views")
-            axis.set(ylabel="milliseconds an image")
+            axis.set(ylabel="milliseconds per image")
         axis.set(xlabel=title, ylim=(0, None))
         axis.legend(fontsize=8)
-    figure.suptitle("BURN stage 2 x1/4 at 32 pixels, eager, one CPU thread a rank", fontsize=12)
+    figure.suptitle("BURN stage 2 x1/4 at 32 pixels, eager, one CPU thread per rank", fontsize=12)
     figure.savefig(out, dpi=100)
     plt.close(figure)
 
@@ -152,15 +152,16 @@ def main() -> int:
     result: dict[str, Any] = {"environment": environment()}
 
     def keep() -> None:
-        (HERE / "step_cpu.json").write_text(json.dumps(result, indent=1, default=str) + "\n", encoding="utf-8")
+        write_json(result, HERE / "step_cpu.json")
 
     # What fails soonest comes first; each part is kept when it is done.
     result["images_per_second"] = growth()
     draw_growth(result["images_per_second"], HERE / "growth.png")
     keep()
-    result["step"] = bench_step.measure(small(), "step", steps=10, rounds=6, warm_up=4)
-    print(bench_step.table(result["step"]), flush=True)
-    report.draw_phases(result["step"], HERE / "step_cpu.png")
+    measured = step_bench.measure(small(), "step", steps=10, rounds=6, warm_up=4)
+    result["step"] = asdict(measured)
+    print(step_bench.table(measured), flush=True)
+    draw_phases(measured, HERE / "step_cpu.png")
     keep()
     result["saved_mb_per_image"] = saved_bytes()
     keep()

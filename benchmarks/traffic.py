@@ -32,8 +32,8 @@ from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensor
 from triton.backends.compiler import GPUTarget
 
-from engine.log import environment
-from models import binary, halfblock, resnet
+from engine.provenance import environment
+from models import halfblock, resnet, weight_signs
 from models.reactnet import Config, ReActNet
 
 HERE = Path(__file__).resolve().parent
@@ -223,7 +223,7 @@ def main() -> int:
     """Plan everything and write it."""
     functorch_config.enable_autograd_cache = False
     triton.runtime.driver.set_active(_Driver())
-    binary.has_kernels = halfblock.has_kernels = lambda _: True
+    weight_signs.has_kernels = halfblock.has_kernels = lambda _: True
     result: dict[str, Any] = {"environment": environment(), "networks": {}}
     plans: list[tuple[str, Callable[[], nn.Module], bool]] = [
         ("student, compiled", lambda: student("torch"), True),

@@ -3,14 +3,13 @@
     python tools/compare.py recipes/tables/fashion.yaml --jobs 2
     python tools/compare.py recipes/tables/imagenet.yaml --launcher "torchrun --nproc_per_node=8"
 
-Stopped at any time (Ctrl-C), it goes on where it was when it is started again. It runs nothing that tools/train.py
+Stopped at any time (Ctrl-C), it continues where it was when it is started again. It runs nothing that tools/train.py
 could not run one by one: `--plan` prints those commands. Exit codes: 0 done; 1 a run failed, the other rows are done;
 2 bad input; 75 stopped, start it again.
 """
 
 import argparse
 import itertools
-import json
 import os
 import shlex
 import shutil
@@ -19,19 +18,21 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
 from queue import Empty, Queue
-from typing import Any
 
 import _root
 import torch
 
-from engine import checkpoint, report, table, train
-from engine.describe import missing
-from engine.log import duration, environment
-from engine.recipe import RecipeError
-from engine.table import Chain, Run
-from loaders import DataError
+from engine.errors import KNOWN, RecipeError, Stopped
+from engine.log import duration
+from engine.preflight import missing
+from engine.provenance import environment
+from engine.recipe import Recipe
+from engine.results import figures, runs, scores, table
+from engine.results.chain import Chain, Run
+from engine.results.scores import Entry, Outcome
 
 TRAIN = str(_root.ROOT / "tools" / "train.py")
 STATUS_SECONDS = 30
@@ -42,7 +43,7 @@ class Pool:
 
     def __init__(self, chains: list[Chain], out: Path, launcher: list[str], jobs: int) -> None:
         self.out, self.launcher, self.jobs = out, launcher, jobs
-        self.results: dict[tuple[str, int], dict[str, Any]] = {}
+        self.results: dict[tuple[str, int], Outcome] = {}
         self.failures: list[str] = []
         self.running: dict[int, tuple[str, Path, subprocess.Popen[bytes]]] = {}
         self.stopping = threading.Event()
@@ -76,7 +77,7 @@ class Pool:
     def _status(self) -> None:
         for title, folder, _ in list(self.running.values()):
             try:
-                row = report.metrics(folder)[-1]
+                row = runs.metrics(folder)[-1]
             except (OSError, ValueError, IndexError):
                 continue  # it has only begun, or is writing this very line
             speed = f", {row['images_per_second']:.0f} images/s" if "images_per_second" in row else ""
@@ -111,16 +112,16 @@ class Pool:
 
     def _run_chain(self, chain: Chain, number: int) -> None:
         started = time.perf_counter()
-        for place, run in enumerate(chain.runs):
-            recipe = run.recipe()
+
+        def start(run: Run, recipe: Recipe, place: int) -> None:
             title = f"{chain.name}, seed {chain.seed}, {recipe.name}"
-            if not is_done(run):
-                print(f"{title} ({place + 1} of {len(chain.runs)})", flush=True)
-                self._run_one(run, recipe.folder, title, number)
-        self.results[chain.name, chain.seed] = result = collect(chain)
+            print(f"{title} ({place} of {len(chain.runs)})", flush=True)
+            self._run_one(run, recipe.folder, title, number)
+
+        self.results[chain.name, chain.seed] = outcome = chain.run(start)
         print(
-            f"[{len(self.results)} of {self.total}] {chain.name}, seed {chain.seed}: linear {result['linear']:.2f}, "
-            f"k-NN {result['knn']:.2f}, {duration(time.perf_counter() - started)}",
+            f"[{len(self.results)} of {self.total}] {chain.name}, seed {chain.seed}: linear {outcome.linear:.2f}, "
+            f"k-NN {outcome.knn:.2f}, {duration(time.perf_counter() - started)}",
             flush=True,
         )
 
@@ -140,10 +141,10 @@ class Pool:
                 process.send_signal(signal.SIGTERM)
             code = process.wait()
             del self.running[number]
-        if self.stopping.is_set() and code in (train.EXIT_STOPPED, -signal.SIGTERM, -signal.SIGINT):
-            raise Stopped
+        if self.stopping.is_set() and code in (Stopped.exit_code, -signal.SIGTERM, -signal.SIGINT):
+            raise Stopped("saved")
         if self.stopping.is_set() and code and self.launcher:  # its own code hides that of the run
-            raise Stopped
+            raise Stopped("saved")
         if code:
             last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
             raise ChainError(f"{title}: exit code {code}: {' '.join(last)} (all of it: {log})")
@@ -151,37 +152,6 @@ class Pool:
 
 class ChainError(RuntimeError):
     """A run of a chain ended with an error."""
-
-
-class Stopped(Exception):
-    """A run was asked to stop and has saved."""
-
-
-def is_done(run: Run) -> bool:
-    """Whether a run has reached its end with this very recipe."""
-    recipe = run.recipe()
-    kept = recipe.folder / "recipe.yaml"
-    if not kept.exists() or kept.read_text(encoding="utf-8") != recipe.dump():
-        return False
-    newest, _ = checkpoint.latest(recipe.folder / "checkpoints")
-    if newest is None:
-        return False
-    state = checkpoint.load(newest)
-    return state["step"] == state["total_steps"]
-
-
-def collect(chain: Chain) -> dict[str, Any]:
-    """What one row and seed gave, from the runs' own files."""
-    *pretraining, probe = [run.recipe() for run in chain.runs]
-    last = [[row for row in report.metrics(recipe.folder) if "seconds" in row][-1] for recipe in pretraining]
-    return {
-        "linear": report.final(probe.folder, "accuracy"),
-        "knn": report.final(pretraining[-1].folder, "knn"),
-        "images": sum(row["images"] for row in last),
-        "seconds": round(sum(row["seconds"] for row in last), 1),
-        "monitors": {name: value for name, value in last[-1].items() if "/" in name},
-        "recipes": [recipe.hash for recipe in (*pretraining, probe)],
-    }
 
 
 def plan(chains: list[Chain], launcher: list[str]) -> str:
@@ -241,11 +211,13 @@ def main() -> int:
             print(plan(chains, launcher))
             return 0
         for run in (run for chain in chains for run in chain.runs):
-            if problems := [p for p in missing(run.recipe()) if not p.startswith("init.") or str(out) not in p]:
-                raise RecipeError(f"{run.path}: {'; '.join(problems)}")
-    except (RecipeError, DataError) as error:
+            if problems := [
+                p for p in missing(run.recipe()) if not p.key.startswith("init.") or str(out) not in p.text
+            ]:
+                raise RecipeError(f"{run.path}: {'; '.join(map(str, problems))}")
+    except KNOWN as error:
         print(f"error: {error}", file=sys.stderr)
-        return train.EXIT_BAD_INPUT
+        return error.exit_code
 
     pool = Pool(chains, out, launcher, min(arguments.jobs, len(chains)))
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -254,8 +226,8 @@ def main() -> int:
     if pool.stopping.is_set():
         for failure in pool.failures:
             print(f"failed: {failure}", file=sys.stderr)
-        print("stopped; what ran is saved, start this command again to go on", file=sys.stderr)
-        return 1 if pool.failures else train.EXIT_STOPPED
+        print("stopped; what ran is saved, start this command again to continue", file=sys.stderr)
+        return 1 if pool.failures else Stopped.exit_code
     done = [row for row in rows if (row.name, 0) in pool.results]
     if done:
         write(spec, done, pool.results, out)
@@ -264,29 +236,29 @@ def main() -> int:
     return 1 if pool.failures else 0
 
 
-def write(spec: table.Table, rows: list[table.Row], results: dict[tuple[str, int], dict[str, Any]], out: Path) -> None:
+def write(spec: table.Table, rows: list[table.Row], results: dict[tuple[str, int], Outcome], out: Path) -> None:
     """Write the table as Markdown, JSON and a figure, and print it."""
     entries = [
-        report.Entry(row.name, row.paper, row.ablation, [r for (name, _), r in results.items() if name == row.name])
+        Entry(row.name, row.paper, row.ablation, [r for (name, _), r in results.items() if name == row.name])
         for row in rows
     ]
     if ("teacher", 0) in results:
-        entries.append(report.Entry("its teacher (floating point)", None, True, [results["teacher", 0]]))
-    text = report.comparison(entries)
+        entries.append(Entry("its teacher (floating point)", None, True, [results["teacher", 0]]))
+    text = scores.comparison(entries)
     heading = (
-        f"# {spec.title}\n\n{spec.images:,} training images a row, {spec.seeds} seed(s), mean ± standard deviation.\n"
+        f"# {spec.title}\n\n{spec.images:,} training images per row, {spec.seeds} seed(s), mean ± standard deviation.\n"
     )
     (out / "table.md").write_text(f"{heading}\n{text}\n\n![figure](table.png)\n", encoding="utf-8")
     record = {
         "title": spec.title,
         "images": spec.images,
         "seeds": spec.seeds,
-        "rows": {entry.name: {"paper": entry.paper, "runs": entry.results} for entry in entries},
+        "rows": {entry.name: {"paper": entry.paper, "runs": list(map(asdict, entry.outcomes))} for entry in entries},
         "environment": environment(),
     }
-    (out / "table.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    runs.write_json(record, out / "table.json")
     curves = {row.name: _stages(row, out) for row in rows}
-    report.draw_comparison(out / "table.png", spec.title, entries, curves)
+    figures.draw_comparison(out / "table.png", spec.title, entries, curves)
     print(f"\n{text}\n\n{out / 'table.md'}, {out / 'table.json'} and {out / 'table.png'}")
 
 

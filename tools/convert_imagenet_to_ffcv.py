@@ -27,9 +27,10 @@ from torchvision.io import encode_jpeg
 from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
 
-from loaders import DataError, beton
-from loaders.index import BadImage, Index, jpeg_frame, open_index
-from loaders.turbo import default_threads
+from loaders import DataError, Index, beton, machine
+from loaders.decode import jpeg_frame
+from loaders.errors import BadImage
+from loaders.sources import open_index
 
 
 class Encoder:
@@ -171,7 +172,7 @@ def main() -> int:
     parser.add_argument("--quarantine", help="list of images to leave out, as tools/scan_images.py writes it")
     parser.add_argument("--max-pixels", type=int, default=100_000_000, help="larger images count as bad (%(default)s)")
     parser.add_argument("--page-mib", type=int, default=8, help="page size; an image lies in one (%(default)s)")
-    parser.add_argument("--workers", type=int, default=default_threads(), help="threads (%(default)s)")
+    parser.add_argument("--workers", type=int, default=machine.cores(), help="threads (%(default)s)")
     parser.add_argument("--limit", type=int, help="only the first so many images")
     options = parser.parse_args()
     if options.verify is None and (options.source is None or options.out is None):
@@ -211,7 +212,7 @@ def main() -> int:
         )
         return 2
     seconds, size = time.perf_counter() - started, Path(options.out).stat().st_size
-    print(f"{options.out}: {count:,} images, {size / 2**30:.2f} GiB ({size / max(count, 1) / 1024:.0f} KiB an image), "
+    print(f"{options.out}: {count:,} images, {size / 2**30:.2f} GiB ({size / max(count, 1) / 1024:.0f} KiB per image), "
           f"{count / seconds:.0f} images/s")  # fmt: skip
     return 0
 

@@ -12,16 +12,18 @@ from the two photographs in scikit-learn's wheel and noise; their classes mean n
 
 import argparse
 import gzip
-import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import _root  # noqa: F401
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFile
 from tqdm import tqdm
+
+from loaders.files import aside
 
 DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")
 FASHION_CLASSES = "tshirt trouser pullover dress coat sandal shirt sneaker bag boot".split()
@@ -61,18 +63,16 @@ def _idx(path: Path, header: int) -> NDArray[np.uint8]:
 
 
 def write(splits: Iterator[Split], out: Path, limit: int | None) -> None:
-    """Write aside and rename, so that a tree that exists is complete."""
-    aside = out.with_name(f".{out.name}.part")
-    shutil.rmtree(aside, ignore_errors=True)
-    for split, images, labels, names in splits:
-        for name in names:
-            (aside / split / name).mkdir(parents=True)
-        rows = range(len(images) if limit is None else min(limit, len(images)))
-        for row in tqdm(rows, desc=f"{out.name}/{split}", unit=" images", disable=not sys.stderr.isatty()):
-            path = aside / split / names[labels[row]] / f"{row:05d}.jpg"
-            Image.fromarray(images[row]).save(path, quality=95)
+    """A tree that exists is complete."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    aside.rename(out)
+    with aside(out) as tree:
+        for split, images, labels, names in splits:
+            for name in names:
+                (tree.part / split / name).mkdir(parents=True)
+            rows = range(len(images) if limit is None else min(limit, len(images)))
+            for row in tqdm(rows, desc=f"{out.name}/{split}", unit=" images", disable=not sys.stderr.isatty()):
+                path = tree.part / split / names[labels[row]] / f"{row:05d}.jpg"
+                Image.fromarray(images[row]).save(path, quality=95)
 
 
 def photo(number: int, sources: list[NDArray[np.uint8]]) -> tuple[Image.Image, dict[str, Any]]:
@@ -114,16 +114,14 @@ def write_photos(out: Path, count: int) -> None:
 
     ImageFile.MAXBLOCK = 1 << 22  # Pillow writes a progressive file in one piece
     sources = list(load_sample_images().images)
-    aside = out.with_name(f".{out.name}.part")
-    shutil.rmtree(aside, ignore_errors=True)
-    for split, first, many in (("train", 0, count), ("val", 1_000_000, max(10, count // 10))):
-        for number in tqdm(range(many), desc=f"{out.name}/{split}", unit=" images", disable=None):
-            picture, options = photo(first + number, sources)
-            path = aside / split / f"class{number % 10}" / f"{number:06d}.JPEG"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            picture.save(path, "JPEG", **options)
     out.parent.mkdir(parents=True, exist_ok=True)
-    aside.rename(out)
+    with aside(out) as tree:
+        for split, first, many in (("train", 0, count), ("val", 1_000_000, max(10, count // 10))):
+            for number in tqdm(range(many), desc=f"{out.name}/{split}", unit=" images", disable=None):
+                picture, options = photo(first + number, sources)
+                path = tree.part / split / f"class{number % 10}" / f"{number:06d}.JPEG"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                picture.save(path, "JPEG", **options)
 
 
 def main() -> int:
@@ -134,15 +132,18 @@ def main() -> int:
     parser.add_argument("--source", type=Path, default=DEBIAN_FASHION, help="folder of Fashion-MNIST's idx files")
     parser.add_argument("--limit", type=int, help="at most this many images of each split")
     arguments = parser.parse_args()
-    if arguments.out.exists():
-        print(f"{arguments.out} is there already")
-        return 0
-    if arguments.dataset == "photos":
-        write_photos(arguments.out, arguments.limit or 2000)
-        return 0
-    splits = digits() if arguments.dataset == "digits" else fashion_mnist(arguments.source)
-    write(splits, arguments.out, arguments.limit)
+    make(arguments.dataset, arguments.out, source=arguments.source, limit=arguments.limit)
     return 0
+
+
+def make(dataset: str, out: Path, *, source: Path = DEBIAN_FASHION, limit: int | None = None) -> None:
+    """Write a data set, unless it is there already."""
+    if out.exists():
+        print(f"{out} is there already")
+    elif dataset == "photos":
+        write_photos(out, limit or 2000)
+    else:
+        write(digits() if dataset == "digits" else fashion_mnist(source), out, limit)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
     python tools/train.py recipes/burn_stage1.yaml data.quarantine=runs/scan/quarantine.jsonl
 
 Every image is read and decoded (nothing beyond --max-pixels is). Unusable ones (empty, truncated, not an image, too
-large) go to quarantine.jsonl, which every back end honours; CMYK, wrongly named, duplicate and otherwise odd ones are
+large) go to quarantine.jsonl, which every back end honors; CMYK, wrongly named, duplicate and otherwise odd ones are
 listed in report.json and stay. Exit code 1 if anything is unusable.
 """
 
@@ -26,8 +26,10 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from loaders import DataError, turbo
-from loaders.index import BadImage, Index, jpeg_frame, open_index
+from loaders import DataError, Index, machine, turbo
+from loaders.decode import jpeg_frame
+from loaders.errors import BadImage
+from loaders.sources import open_index
 
 _SUFFIXES = {
     "JPEG": (".jpg", ".jpeg"),
@@ -108,14 +110,14 @@ def main() -> int:
     parser.add_argument("--report", type=Path, help="folder for report.json and quarantine.jsonl")
     parser.add_argument("--max-pixels", type=int, default=100_000_000, help="larger images are unusable (%(default)s)")
     parser.add_argument("--no-duplicates", action="store_true", help="do not look for files of equal bytes")
-    parser.add_argument("--workers", type=int, default=turbo.default_threads(), help="threads (%(default)s)")
+    parser.add_argument("--workers", type=int, default=machine.cores(), help="threads (%(default)s)")
     arguments = parser.parse_args()
     try:
         index = open_index(arguments.data, max_pixels=arguments.max_pixels)
         report = build_report(index, arguments.workers, duplicates=not arguments.no_duplicates)
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return error.exit_code
     for entry in report["unusable"]:
         print(f"unusable: {shown(entry['path'])}: {entry['reason']}")
     for entry in report["odd"]:

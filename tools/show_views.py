@@ -16,9 +16,9 @@ import torch
 from PIL import Image, ImageDraw
 
 import loaders
-from engine import bench
 from engine import recipe as recipes
-from engine.recipe import Recipe, RecipeError
+from engine.errors import KNOWN
+from engine.recipe import Recipe
 from loaders import DataError
 from loaders.augment import to_pixels
 
@@ -27,21 +27,9 @@ GAP, HEAD, GAIN = 4, 18, 8
 
 def views_of(recipe: Recipe, backend: str, count: int) -> list[torch.Tensor]:
     """The first `count` images of the stream: V x uint8 [count, size, size, 3]."""
-    data = recipe.data
-    options = data.options if backend == data.backend else loaders.load(backend).Options()
-    data = data.model_copy(
-        update={
-            "backend": backend,
-            "options": options,
-            "batch_size": count,
-            "micro_batch": count,
-            "on_bad_image": "replace",
-        }
-    )
-    loader = loaders.open_train(
-        data, loaders.open_data(data, "train"), seed=recipe.seed, step=0, rank=0, world_size=1, local_world_size=1,
-        device=torch.device("cpu"),
-    )  # fmt: skip
+    sizes = {"batch_size": count, "micro_batch": count, "on_bad_image": "replace"}
+    data = loaders.with_backend(recipe.data, backend, **sizes)
+    loader = loaders.open_train(data, loaders.open_data(data, "train"), seed=recipe.seed)
     try:
         return [to_pixels(view, data.mean, data.std) for view in next(loader).views]
     finally:
@@ -84,7 +72,7 @@ def main() -> int:
         parser.error(f"--count: expected 1 to 100, got {arguments.count}")
     try:
         recipe = recipes.load(arguments.recipe, arguments.override)
-        reasons = bench.usable(recipe.data)
+        reasons = loaders.why_unusable(recipe.data)
         names = arguments.backends or sorted(
             (n for n, reason in reasons.items() if not reason), key=lambda n: n != "folder"
         )
@@ -92,9 +80,9 @@ def main() -> int:
             if reason := reasons.get(name, f"no such back end; expected one of {', '.join(reasons)}"):
                 raise DataError(f"--backends: {name}: {reason}")
         pixels = {name: views_of(recipe, name, arguments.count) for name in names}
-    except (RecipeError, DataError) as error:
+    except KNOWN as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return error.exit_code
     picture = sheet(pixels)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     picture.save(arguments.out)

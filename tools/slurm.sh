@@ -1,6 +1,6 @@
 #!/bin/bash
 # BURN on eight machines of eight GPUs. Saves and requeues itself before the time limit:
-#   sbatch docs/slurm.sh recipes/burn_stage1.yaml data.micro_batch=64
+#   sbatch tools/slurm.sh recipes/burn_stage1.yaml data.micro_batch=64
 #SBATCH --job-name=burn
 #SBATCH --nodes=8
 #SBATCH --ntasks-per-node=1

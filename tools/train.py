@@ -6,25 +6,23 @@
 
 Exit codes: 0 done; 2 bad input (found at the start: nothing was written); 3 loss or gradients not finite;
 4 a parameter is not trained as declared; 5 the last checkpoint could not be written; 75 stopped by SIGTERM, SIGINT
-or SIGUSR1 and saved, go on with --resume; 1 anything else.
+or SIGUSR1 and saved, continue with --resume; 1 anything else.
 """
 
 import argparse
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import _root  # noqa: F401
 
-from engine import bench, bench_step, dist, report, train
+from engine import dist, train
 from engine import recipe as recipes
-from engine.checkpoint import CheckpointError
-from engine.describe import describe, missing
+from engine.describe import describe
+from engine.errors import KNOWN, RecipeError, Stopped
 from engine.log import to_console
-from engine.recipe import RecipeError
-from loaders import DataError
-from models.weights import WeightsError
+from engine.preflight import missing
+from engine.recipe import Recipe
 
 
 def main() -> int:
@@ -32,7 +30,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path, help="a YAML file of recipes/, or recipe.yaml of a run folder")
     parser.add_argument("override", nargs="*", help="section.key=value, changes the recipe for this run")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest complete checkpoint, if any")
+    parser.add_argument("--resume", action="store_true", help="continue from the newest intact checkpoint, if any")
     parser.add_argument(
         "--allow-changes", action="store_true", help="resume although recipe, data or ranks have changed"
     )
@@ -55,40 +53,32 @@ def main() -> int:
         recipe = recipes.load(arguments.recipe, arguments.override)
         if arguments.dry_run:
             print(describe(recipe))
-            return 0
-        if arguments.benchmark:
-            mode: Any = bench if arguments.benchmark == "loader" else bench_step
-            result = bench.loader(recipe) if mode is bench else bench_step.measure(recipe, arguments.benchmark)
-            if dist.environment_rank() == 0:
-                print(mode.table(result))
-                if arguments.json:
-                    bench.write(result, arguments.json)
-                if arguments.figure:
-                    report.draw_phases(result, arguments.figure)
-            return 0
-        if problems := missing(recipe, resumes=arguments.resume):
-            raise RecipeError(f"{arguments.recipe}: {'; '.join(problems)}")
-        train.run(recipe, resume=arguments.resume, allow_changes=arguments.allow_changes)
-    except (RecipeError, DataError, CheckpointError, WeightsError) as error:
-        return _fail(error, train.EXIT_BAD_INPUT)
-    except bench_step.NotEqual as error:
-        return _fail(error, 1)
-    except train.NotFinite as error:
-        return _fail(error, train.EXIT_NOT_FINITE)
-    except train.Untrained as error:
-        return _fail(error, train.EXIT_UNTRAINED)
-    except train.NotSaved as error:
-        return _fail(error, train.EXIT_NOT_SAVED)
-    except train.Stopped as error:
-        return _fail(error, train.EXIT_STOPPED)
+        elif arguments.benchmark:
+            benchmark(recipe, arguments.benchmark, arguments.json, arguments.figure)
+        else:
+            if problems := missing(recipe, resumes=arguments.resume):
+                raise RecipeError(f"{arguments.recipe}: {'; '.join(map(str, problems))}")
+            train.run(recipe, resume=arguments.resume, allow_changes=arguments.allow_changes)
+    except KNOWN as error:
+        if error.exit_code != 2 or dist.environment_rank(local=True) == 0:  # one line per machine is enough
+            print(error if isinstance(error, Stopped) else f"error: {error}", file=sys.stderr)
+        return error.exit_code
     return 0
 
 
-def _fail(error: Exception, code: int) -> int:
-    if code == train.EXIT_BAD_INPUT and dist.environment_rank(local=True) != 0:
-        return code  # one line per machine is enough
-    print(f"error: {error}" if code != train.EXIT_STOPPED else str(error), file=sys.stderr)
-    return code
+def benchmark(recipe: Recipe, mode: str, json: Path | None, figure: Path | None) -> None:
+    """Measure, and on rank 0 print a table, and write and draw what is asked for."""
+    from engine.bench import loader, step
+    from engine.results import figures, runs
+
+    result = loader.measure(recipe) if mode == "loader" else step.measure(recipe, mode)
+    if dist.environment_rank() != 0:
+        return
+    print(step.table(result) if isinstance(result, step.Result) else loader.table(result))
+    if json:
+        runs.write_json(result, json)
+    if figure and isinstance(result, step.Result):
+        figures.draw_phases(result, figure)
 
 
 if __name__ == "__main__":
