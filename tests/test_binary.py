@@ -75,7 +75,8 @@ def test_scale_has_no_effect_behind_batch_norm():
 
 
 def test_xnor_popcount_gives_the_same_interior():
-    # 7.8.7: with bits for -1/+1, agreements - disagreements times the scale is the convolution away from borders.
+    # methods.md 7.8.7: with bits for -1/+1, agreements - disagreements times the scale is the convolution, away from
+    # the borders.
     conv = BinaryConv2d(16, 4, 3).double()
     x = torch.randn(2, 16, 7, 7, dtype=F64)
     out = conv(x)

@@ -9,10 +9,12 @@ import time
 
 import pytest
 
-from engine import table
-from engine.recipe import RecipeError
+from engine.errors import RecipeError
+from engine.results import table
+from engine.results.chain import evaluated_part
 from engine.schedules import Horizon
-from tests.conftest import ROOT, TABLES
+from tests.processes import PATIENCE
+from tests.tiny import ROOT, TABLES
 
 FASHION = ROOT / "recipes/tables/fashion.yaml"
 SYNTHETIC = [
@@ -33,7 +35,7 @@ def test_tables_plan_every_row(path, tmp_path):
         images = sum(h.total_steps * h.batch_size for h in steps)
         if not row.overrides:  # an equal budget, up to half a batch for each stage
             assert abs(images - spec.images) <= sum(r.data.batch_size for r in stages) / 2
-        part = dict(stages[-1].method)[table.evaluated_part(stages[-1])]
+        part = dict(stages[-1].method)[evaluated_part(stages[-1])]
         assert probe.method.trains == ("pre-fc" if part.pooled_mlp else "linear")  # one layer for all
         assert {r.seed for r in (*stages, probe)} == {1} and probe.init[0].source == str(stages[-1].folder)
         assert len({r.folder for r in (*stages, probe)}) == len(chain.runs)
@@ -102,7 +104,7 @@ def test_a_table_runs_fails_in_a_row_and_goes_on(tmp_path):
     probe = ["run.duration=4it"]
     arguments = [path, *SYNTHETIC, *probe, "method.num_classes=4", "--out", tmp_path / "out"]
     done = compare(*arguments, "--jobs", 2)
-    text, _ = done.communicate(timeout=180)
+    text, _ = done.communicate(timeout=PATIENCE)
     assert done.returncode == 1 and "exit code 3" in text, text
     record = json.loads((tmp_path / "out/table.json").read_text())
     assert list(record["rows"]) == ["good"]
@@ -112,7 +114,7 @@ def test_a_table_runs_fails_in_a_row_and_goes_on(tmp_path):
     assert (tmp_path / "out/table.png").stat().st_size > 10_000 and "64.10" in (tmp_path / "out/table.md").read_text()
     # Again, without the bad row: nothing runs anew, the numbers are the same.
     again = compare(*arguments, "--only", "good")
-    text, _ = again.communicate(timeout=60)
+    text, _ = again.communicate(timeout=PATIENCE)
     assert again.returncode == 0 and "(1 of 3)" not in text, text
     assert json.loads((tmp_path / "out/table.json").read_text())["rows"]["good"]["runs"] == [result]
 
@@ -124,21 +126,21 @@ def test_a_stopped_table_is_saved_and_goes_on(tmp_path):
     arguments = [path, *SYNTHETIC, "method.num_classes=4", "--out", tmp_path / "out", "--images", 8 * 100_000]
     process = compare(*arguments)
     folder = tmp_path / "out/long/seed0/stage1"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while not ((folder / "metrics.jsonl").exists() and (folder / "metrics.jsonl").read_text()):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
-    text, _ = process.communicate(timeout=60)
+    text, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 75 and "start this command again" in text, text
     (saved,) = {int(path.name.split("-")[1]) for path in (folder / "checkpoints").iterdir()}
     again = compare(*arguments)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while int(json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["step"]) <= saved:
         assert time.monotonic() < deadline and again.poll() is None
         time.sleep(0.2)
     again.send_signal(signal.SIGTERM)
-    again.communicate(timeout=60)
+    again.communicate(timeout=PATIENCE)
     steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert again.returncode == 75 and steps == list(range(1, len(steps) + 1)), "a step twice, or none"
 
@@ -149,7 +151,7 @@ def test_rows_do_not_run_behind_a_teacher_that_failed(tmp_path):
     path = write(tmp_path / "t.yaml", rows=rows, teacher=str(quick / "moco.yaml"))
     extra = ["method.backbone={arch: reactnet, width: 2}", "schedules.lr=1e30", "run.duration=4it"]
     process = compare(path, *SYNTHETIC, *extra, "--out", tmp_path / "out")
-    text, _ = process.communicate(timeout=120)
+    text, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 1 and "teacher" in text and "student, seed 0: its teacher failed" in text, text
     assert not (tmp_path / "out/student/seed0/stage1/checkpoints").exists()
 
@@ -165,5 +167,5 @@ def test_rows_do_not_run_behind_a_teacher_that_failed(tmp_path):
 )
 def test_bad_arguments_are_refused(arguments, message):
     process = compare(FASHION, *arguments)
-    text, _ = process.communicate(timeout=60)
+    text, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 2 and message in text and text.count("\n") == 1

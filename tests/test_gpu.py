@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from engine import bench_step, dist
+from engine import dist
+from engine.bench import step as step_bench
 from engine.train import Trainer
-from tests.conftest import last_state, run, tiny
-from tests.test_loaders import config, open_train, take
-from tests.test_training import open_loader
+from tests.loading import config, open_train, take
+from tests.runs import last_state, open_loader, run
+from tests.tiny import tiny
 
 pytestmark = [
     pytest.mark.gpu,
@@ -21,14 +22,14 @@ pytestmark = [
 )
 def test_the_step_never_waits_for_the_device(path, amp, tmp_path):
     trainer = Trainer(tiny(path, tmp_path, f"run.amp={amp}"), dist.start("cuda", 60))
-    trainer.loader = open_loader(trainer)
+    batches = open_loader(trainer)
     consensus = dist.Consensus(trainer.world)
     for _ in range(3):  # the guard of the first step waits, and kernels are compiled
-        consensus.propose(trainer.step(), False)
+        consensus.propose(trainer.step(batches), False)
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(3):
-            consensus.propose(trainer.step(), False)
+            consensus.propose(trainer.step(batches), False)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert consensus.agreed() == (False, False)
@@ -53,9 +54,9 @@ def test_fused_half_blocks_train(compiles, tmp_path):
 
 def test_the_step_benchmark_runs(tmp_path):
     recipe = tiny("burn_stage2.yaml", tmp_path, "run.device=cuda", "run.amp=fp16")
-    result = bench_step.measure(recipe, "step", steps=2, rounds=2, warm_up=2)
-    assert set(result["arms"]) >= {"reference", "eager", "compiled", "fused"} and result["ceilings"]
-    assert all(arm["kernels"] > 0 and arm["peak_bytes"] > 0 for arm in result["arms"].values())
+    result = step_bench.measure(recipe, "step", steps=2, rounds=2, warm_up=2)
+    assert set(result.variants) >= {"reference", "eager", "compiled", "fused"} and result.ceilings
+    assert all(timing.kernels > 0 and timing.peak_bytes > 0 for timing in result.variants.values())
 
 
 def test_dali_decodes_the_same_pixels_on_the_gpu(tree):

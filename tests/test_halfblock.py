@@ -14,10 +14,11 @@ import pytest
 import torch
 
 from engine import checkpoint
-from engine.recipe import RecipeError
+from engine.errors import RecipeError
 from models import halfblock
 from models.reactnet import Config, ReActNet
-from tests.conftest import ROOT, run, tiny
+from tests.runs import run
+from tests.tiny import ROOT, tiny
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 F64 = torch.float64
@@ -167,32 +168,20 @@ def interpret():
     cases = itertools.product(("same", "pooled", "doubled"), ("burn", "reactnet"), (True, False), shapes)
     for number, (residual, estimator, has_sign, shape) in enumerate(cases):
         dtype = (torch.float32, torch.float16, torch.bfloat16)[number % 3]
-        c, stream, (scale, shift, slope, out, threshold), (gh, gs) = inputs(residual, dtype, *shape)
+        c, stream, vectors, (gh, gs) = inputs(residual, dtype, *shape)
+        scale, shift, slope, _, threshold = vectors
         what = f"{residual} {estimator} sign={has_sign} {shape} {dtype}"
         near = {"atol": 2e-5, "rtol": 2e-5} if dtype == torch.float32 else {"atol": 2e-2, "rtol": 2e-2}
         for mine, wanted in zip(kernels.statistics(c, wrap=same), halfblock.statistics(c), strict=True):
             assert torch.allclose(mine, wanted, rtol=1e-4, atol=1e-3), what
-        wanted = halfblock.apply(c, stream, scale, shift, slope, out, threshold, residual, has_sign)
-        got = kernels.apply(c, stream, scale, shift, slope, out, threshold, residual, has_sign, wrap=same)
+        wanted = halfblock.apply(c, stream, vectors, residual, has_sign)
+        got = kernels.apply(c, stream, vectors, residual, has_sign, wrap=same)
         assert torch.allclose(got[0].float(), wanted[0].float(), **near), what
         if has_sign:
             z = got[0].float() + threshold.view(1, -1, 1, 1)
             assert torch.equal(got[1].float(), z.sign()), what  # of the h that was stored, to the bit
         mean, var = halfblock.statistics(c)
-        rest = (
-            c,
-            stream,
-            scale,
-            shift,
-            slope,
-            out,
-            threshold,
-            mean,
-            (var + 1e-5).rsqrt(),
-            residual,
-            estimator,
-            has_sign,
-        )
+        rest = (c, stream, [*vectors, mean, (var + 1e-5).rsqrt()], residual, estimator, has_sign)
         du, sums = kernels.backward_sums(gh, gs, *rest, wrap=same)
         wanted_du, wanted_sums = halfblock.backward_sums(gh, gs, *rest)
         # Where |z| is at the estimator's edge, two roundings of h may fall on two sides: few places, never in float32.
@@ -214,12 +203,12 @@ def test_kernels_by_the_interpreter():
 def interpret_network():
     """A step of the whole network through the kernels, by the interpreter, against the same in PyTorch."""
     torch.library.wrap_triton = lambda kernel: kernel  # before the kernels' file takes it
-    from models import binary, halfblock_triton
+    from models import halfblock_triton, weight_signs
 
     weights = [torch.randn(5, 3, 3, 3), torch.randn(2, 700, 1, 1), torch.randn(7, 20, 3, 3)]
     weights[1][0, :9], weights[2] = 0, weights[2].contiguous(memory_format=torch.channels_last)
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
-        wanted, got = binary.signs_and_scales(weights, dtype), halfblock_triton.weight_signs(weights, dtype)
+        wanted, got = weight_signs.signs_and_scales(weights, dtype), halfblock_triton.weight_signs(weights, dtype)
         assert torch.equal(got[0], wanted[0]) and torch.allclose(got[1], wanted[1], rtol=1e-6)
 
     used = []
@@ -233,10 +222,10 @@ def interpret_network():
         a = plain(x)
         g = torch.randn_like(a)
         a.backward(g)
-        binary.has_kernels = halfblock.has_kernels = lambda _: True
+        weight_signs.has_kernels = halfblock.has_kernels = lambda _: True
         b = net(x)
         b.backward(g)
-        binary.has_kernels = halfblock.has_kernels = lambda _: False
+        weight_signs.has_kernels = halfblock.has_kernels = lambda _: False
         assert (a - b).norm() <= 1e-4 * a.norm(), keys
         for (name, p), q in zip(plain.named_parameters(), net.parameters(), strict=True):
             apart = (p.grad - q.grad).norm() / p.grad.norm()

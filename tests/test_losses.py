@@ -118,5 +118,5 @@ def test_collapse_meters():
 def test_every_backbone_builds():
     for content in ({"arch": "resnet18", "stem": "small"}, {"arch": "reactnet", "width": 2, "estimator": "reactnet"}):
         kind = backbones.ReActNetConfig if content["arch"] == "reactnet" else backbones.ResNetConfig
-        net = backbones.build(kind.model_validate(content))
+        net = kind.model_validate(content).build()
         assert net(torch.randn(2, 3, 32, 32)).shape == (2, net.out_channels)

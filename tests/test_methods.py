@@ -8,15 +8,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from engine import dist, optim
+from engine import dist, optim, strict_yaml
+from engine.errors import RecipeError
 from engine.monitors import Monitors, effective_rank
-from engine.recipe import OptimConfig, RecipeError
+from engine.recipe import OptimConfig
 from models import collectives, methods
 from models.binary import BinaryConv2d
 from models.losses import sinkhorn, soft_cross_entropy
-from models.methods.moco import follow
-from tests.conftest import run, run_ranks, tiny
-from tests.test_training import prepare, trainer_of
+from models.momentum import update_average
+from tests.processes import run_ranks
+from tests.runs import prepare, run, trainer_of
+from tests.tiny import tiny
 
 F64 = torch.float64
 SMALL = {"arch": "reactnet", "width": 2, "pooled_mlp": False}
@@ -24,7 +26,7 @@ SMALL = {"arch": "reactnet", "width": 2, "pooled_mlp": False}
 
 def build(name, **keys):
     module = methods.load(name)
-    return module.Method(module.Config.model_validate({"name": name, "backbone": SMALL, **keys})).train()
+    return module.Config.model_validate({"name": name, "backbone": SMALL, **keys}).build().train()
 
 
 @pytest.fixture
@@ -107,7 +109,7 @@ def swav_on_ranks(folder):
     weight = method.prototypes.weight.detach()
     found = {}
     for queue_on in (0.0, 1.0):
-        got = method._assign(mine, mine @ weight.T, weight, torch.tensor(queue_on))
+        got = method.assign(mine, mine @ weight.T, weight, torch.tensor(queue_on))
         found[queue_on] = dist.gather_rows(got.transpose(0, 1).contiguous())  # [12, 2, K]
     method._new = [mine.transpose(0, 1)]
     method.after_step({"queue": 1.0, "prototypes": 1.0})
@@ -170,12 +172,12 @@ def test_swav_queue_fills_and_joins_when_it_is_full(float64):
     z = F.normalize(torch.randn(2, 6, 5), dim=2)
     weight = method.prototypes.weight.detach()
     joined = torch.cat((method.queue, z), dim=1)
-    for i, one in enumerate(method._assign(z, z @ weight.T, weight, torch.tensor(1.0))):
+    for i, one in enumerate(method.assign(z, z @ weight.T, weight, torch.tensor(1.0))):
         everything = published_sinkhorn((joined[i] @ weight.T).numpy(), 0.05, 3)
         assert np.allclose(one, everything[-6:], atol=1e-12)
     method.queue[:, -1] = 0  # not full yet
     alone = sinkhorn(z @ weight.T, torch.ones(2, 6), 0.05, 3)
-    assert torch.allclose(method._assign(z, z @ weight.T, weight, torch.tensor(1.0)), alone, atol=1e-13)
+    assert torch.allclose(method.assign(z, z @ weight.T, weight, torch.tensor(1.0)), alone, atol=1e-13)
     before = method.queue.clone()
     method(views(2), LABEL, swav_values())
     method.after_step({"prototypes": 1.0, "queue": 0.0})
@@ -183,12 +185,13 @@ def test_swav_queue_fills_and_joins_when_it_is_full(float64):
 
 
 def test_swav_prototypes_are_frozen_first_and_always_unit(tmp_path):
-    trainer = prepare(tiny("swav.yaml", tmp_path, "schedules.prototypes.milestones=[2it]", "schedules.lr.start=0.5"))
+    trainer, batches = prepare(
+        tiny("swav.yaml", tmp_path, "schedules.prototypes.milestones=[2it]", "schedules.lr.start=0.5")
+    )
     weight = trainer.method.prototypes.weight
     for step in range(4):
         before = weight.clone()
-        trainer.step()
-        trainer.steps_done += 1
+        trainer.step(batches)
         assert torch.allclose(weight.norm(dim=1), torch.ones(len(weight)), atol=1e-6)
         assert torch.allclose(before, weight, atol=1e-7) == (step < 2)
 
@@ -202,9 +205,9 @@ def test_views_are_counted(tmp_path):
         tiny("s2bnn_step1.yaml", tmp_path, "schedules.momentum=0.9")
     with pytest.raises(RecipeError, match=r"schedules\.queue: missing, method swav needs it"):
         from engine import recipe as recipes
-        from tests.conftest import ROOT
+        from tests.tiny import ROOT
 
-        content = recipes.read(ROOT / "recipes/swav.yaml")
+        content = strict_yaml.read(ROOT / "recipes/swav.yaml")
         del content["schedules"]["queue"]
         recipes.resolve({**content, "name": "x"}, tmp_path)
 
@@ -242,7 +245,7 @@ def test_byol_target_follows_and_keeps_its_own_statistics():
     method(views(2), LABEL, {})
     buffers = dict(method.target_backbone.named_buffers())
     assert not torch.equal(buffers["stem.1.running_mean"], before["stem.1.running_mean"])
-    follow(method.target_backbone, method.backbone, 1.0)  # the end of the schedule: it stands still
+    update_average(method.target_backbone, method.backbone, 1.0)  # the end of the schedule: it stands still
     assert {id(p) for p in method.target_backbone.parameters()}.isdisjoint(map(id, method.backbone.parameters()))
 
 
@@ -282,6 +285,13 @@ def test_s2bnn_losses(float64):
     assert not hasattr(alone, "contrast") and alone.config.num_views == 1 and alone.config.schedules == ()
     alone([one], LABEL, {})["loss"].backward()
     assert all(p.grad is None for p in (*alone.teacher.parameters(), *alone.teacher_head.parameters()))
+
+
+def test_the_teachers_head_has_its_own_width():
+    teacher = {**SMALL, "weights": "real", "activations": "real"}
+    usual, narrow = (build("s2bnn", teacher=teacher, teacher_hidden_dim=width) for width in (None, 5))
+    assert usual.teacher_head.fc0.out_features == usual.teacher.out_channels == 64
+    assert narrow.teacher_head.fc0.out_features == 5 and narrow.head.fc0.out_features == 64
 
 
 def test_soft_targets_replace_the_labels(float64):

@@ -15,7 +15,7 @@ from models.resnet import ResNet
 
 def meta(config):
     with torch.device("meta"):
-        return backbones.build(config)
+        return config.build()
 
 
 def count(module):
@@ -223,7 +223,7 @@ def test_burn_layouts_give_the_same_student(tmp_path):
         weights.load_part(net, parts["student"], part="student", path=tmp_path)
         after = net.state_dict()
         unchanged = [k for k in before if torch.equal(before[k], after[k]) and "num_batches" not in k]
-        assert unchanged == []  # 7.8.3: an import changes every tensor or raises
+        assert unchanged == []  # methods.md 7.8.3: an import changes every tensor or raises
         outputs.append(net.train()(images))
     assert all(torch.equal(outputs[0], other) for other in outputs[1:])
     assert set(weights.read(tmp_path / "full.pth")) == {"student", "student_head", "teacher", "teacher_head"}

@@ -1,15 +1,20 @@
 """Recipes: every message, merging, overrides, the resolved form, and all recipes of the repository."""
 
 import copy
-import time
+from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
+import loaders
+from engine import precision, strict_yaml
 from engine import recipe as recipes
 from engine.describe import describe
-from engine.recipe import RecipeError, micro_steps
-from tests.conftest import RECIPE_IDS, RECIPES, ROOT, tiny
+from engine.errors import RecipeError
+from engine.recipe import micro_steps
+from models import methods
+from tests.tiny import RECIPE_IDS, RECIPES, ROOT, tiny
 
 STAGE1 = ROOT / "recipes" / "burn_stage1.yaml"
 
@@ -48,7 +53,7 @@ def test_dry_run_of_stage2_has_the_papers_numbers(monkeypatch, tmp_path):
 
 
 def mutated(change):
-    content = copy.deepcopy(recipes.read(STAGE1))
+    content = copy.deepcopy(strict_yaml.read(STAGE1))
     change(content)
     content.setdefault("name", "x")
     return content
@@ -91,12 +96,12 @@ def setter(path, value):
         (
             "method.name",
             "brun",
-            "method.name: unknown value 'brun', expected one of burn, byol, classify, moco, s2bnn, swav",
+            f"method.name: unknown value 'brun', expected one of {', '.join(methods.available())}",
         ),
         (
             "data.backend",
             "dalli",
-            "data.backend: unknown value 'dalli', expected one of dali, ffcv, folder, synthetic, turbo",
+            f"data.backend: unknown value 'dalli', expected one of {', '.join(loaders.backends())}",
         ),
         ("data.views.0.preset", "burnn", "unknown preset 'burnn', expected one of burn, moco_v2"),
         ("data.views.0.size", 112, "data.views.0.size: image side 112 does not fit ReActNet"),
@@ -112,8 +117,8 @@ def setter(path, value):
         ("schedules.lr", -1, "schedules.lr.start: expected greater than or equal to 0"),
         ("schedules.balance", 7, "schedules.balance: expected values from 0 to 1"),
         ("schedules.lr", {"shape": "step", "start": 1}, "schedules.lr: milestones: expected with shape: step"),
-        ("run.duration", "0it", "run.duration: expected more than nothing"),
-        ("run.log_every", "0ep", "run.log_every: expected more than nothing"),
+        ("run.duration", "0it", "run.duration: must be greater than zero"),
+        ("run.log_every", "0ep", "run.log_every: must be greater than zero"),
         ("run.compile_options", {"combo_kernel": True}, "compile_options.combo_kernel: no setting of torch._inductor"),
         ("optim.betas", [5.0, 2.0], "optim.betas.0: expected less than 1"),
         ("optim.nesterov", True, "nesterov: true needs name: sgd"),
@@ -208,15 +213,15 @@ def test_hostile_or_broken_yaml(tmp_path, monkeypatch, text, expected):
     # reliability.md 21 and 22
     monkeypatch.chdir(tmp_path)
     path = write(tmp_path, text)
-    started = time.perf_counter()
     with pytest.raises(RecipeError, match=expected):
         recipes.load(path)
-    assert time.perf_counter() - started < 2
     assert not (tmp_path / "canary").exists()
 
 
 def test_plain_scalars_mean_what_they_look_like():
-    parsed = recipes._parse("{a: 3e-4, b: 010, c: on, d: yes, e: 1_000, f: 12:30, g: -2, h: .5, i: true, j: ~, k: 1e3}")
+    parsed = strict_yaml.parse(
+        "{a: 3e-4, b: 010, c: on, d: yes, e: 1_000, f: 12:30, g: -2, h: .5, i: true, j: ~, k: 1e3}"
+    )
     assert parsed == {
         "a": 3e-4, "b": "010", "c": "on", "d": "yes", "e": "1_000", "f": "12:30", "g": -2, "h": 0.5, "i": True,
         "j": None, "k": 1000.0,
@@ -242,7 +247,7 @@ def test_base_and_overrides(tmp_path):
         ("run.keep", "expected section.key=value"),
         ("=3", "expected section.key=value"),
         ("run.keep=[", "not a YAML value"),
-        ("data.views.7.size=3", "expected a place from 0 to 1"),
+        ("data.views.7.size=3", "expected a number from 0 to 1"),
         ("run.kep=3", "run.kep: unknown key, did you mean 'keep'?"),
         ("run.keep.deeper=3", "run.keep"),
         ("run={duration: 1ep, compile_options: {combo_kernels: true}}", "compile_options: expected compile: true"),
@@ -271,3 +276,57 @@ def test_accumulation_follows_from_the_number_of_ranks():
 def test_tiny_versions_keep_what_makes_a_recipe(tmp_path):
     tinier = tiny("burn_stage2.yaml", tmp_path)
     assert tinier.method.student.weights == "binary" and tinier.method.target_gradient == "kl"
+
+
+def test_the_machine_decides_what_a_recipe_leaves_to_it(monkeypatch):
+    recipe = recipes.load(ROOT / "recipes/quick/burn_stage1.yaml")
+    assert recipe.data.backend == loaders.choose(False, None) != "auto"  # stored, hashed and compared on resume
+    assert "backend: auto" not in recipe.dump()
+    assert recipes.load(ROOT / "recipes/burn_stage1.yaml").run.amp == precision.choose(on_gpu=False)
+    monkeypatch.setattr(recipes.torch.cuda, "is_available", lambda: True)
+    on_gpu = recipes.load(ROOT / "recipes/burn_stage1.yaml", ["data.backend=auto", "data.options={}"])
+    assert on_gpu.run.amp == "fp16" and on_gpu.data.backend == loaders.choose(True, None)
+    on_cpu = recipes.load(ROOT / "recipes/burn_stage1.yaml", ["data.backend=auto", "run.device=cpu"])
+    assert on_cpu.run.amp == precision.choose(on_gpu=False) and on_cpu.data.backend == loaders.choose(False, None)
+
+
+def test_auto_takes_the_fastest_that_is_there(monkeypatch):
+    missing = {"turbo": False, "dali": False}
+    for name in missing:
+        options = loaders.load(name).Options
+        monkeypatch.setattr(options, "missing", classmethod(lambda cls, name=name: "gone" if missing[name] else ""))
+    assert loaders.choose(False, None) == "turbo" and loaders.choose(True, None) == "dali"
+    assert loaders.choose(False, Path("x.beton")) == loaders.choose(True, Path("x.beton")) == "ffcv"
+    missing["dali"] = True
+    assert loaders.choose(True, None) == "turbo"
+    missing["turbo"] = True
+    assert loaders.choose(True, None) == loaders.choose(False, Path("photos")) == "folder"
+
+
+def test_precision_that_a_cpu_emulates_is_told(monkeypatch):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    for flags, best in (({"avx2"}, "off"), ({"avx512_bf16"}, "bf16"), ({"amx_bf16"}, "bf16")):
+        monkeypatch.setattr(precision.machine, "cpu_flags", lambda flags=flags: flags)
+        assert precision.choose(on_gpu=False) == best and precision.choose(on_gpu=True) == "fp16"
+        assert precision.warning("off", cpu) == precision.warning(best, cpu) == precision.warning("fp16", gpu) == ""
+        assert "run.amp=fp16 is emulated on this CPU" in precision.warning("fp16", cpu)
+        assert f"set run.amp={best}" in precision.warning("fp16", cpu)
+
+
+def test_old_names_of_keys_load_and_say_the_new_one(tmp_path, caplog):
+    caplog.set_level("WARNING", "burn")
+    old = recipes.load(STAGE1).dump().replace("neighbors:", "neighbours:").replace("neighbors: 20", "neighbors: 7")
+    path = write(tmp_path, old.replace("neighbours: 20", "neighbours: 7"))
+    assert recipes.load(path).evals[0].neighbors == 7
+    assert "evals.0.neighbours is called evals.0.neighbors now" in caplog.text
+    assert recipes.current_name("evals.3.neighbours") == "evals.3.neighbors"
+    assert recipes.current_name("run.neighbours") == "run.neighbours"
+
+
+def test_several_bases_are_merged_in_order(tmp_path):
+    write(tmp_path, "a: {x: 1, y: 1}\nl: [1]\n", "one.yaml")
+    write(tmp_path, "a: {y: 2, z: 2}\nl: [2, 2]\n", "two.yaml")
+    path = write(tmp_path, "base: [one.yaml, two.yaml]\na: {z: 3}\n")
+    assert strict_yaml.read(path) == {"a": {"x": 1, "y": 2, "z": 3}, "l": [2, 2]}
+    with pytest.raises(RecipeError, match="base: expected the path of a recipe or a list of them, got 3"):
+        strict_yaml.read(write(tmp_path, "base: [one.yaml, 3]"))

@@ -5,19 +5,19 @@ import pytest
 import torch
 from torchvision.transforms import RandomResizedCrop
 
-from loaders.index import SyntheticIndex
 from loaders.sampler import (
     BRIGHTNESS,
-    FLIP,
     GRAY,
     HUE,
     ORDER,
     SIGMA,
+    SOLARIZE,
     EvalPositions,
     Stream,
     TrainPositions,
     philox,
 )
+from loaders.synthetic_loader import noise
 from loaders.views import View
 
 BURN = View.model_validate({"preset": "burn"})
@@ -36,11 +36,11 @@ def test_philox_known_answers():
 
 
 def stream(count=40, views=(BURN, BURN), seed=3, side=64):
-    return Stream(SyntheticIndex(count, 4, side), views, seed)
+    return Stream(noise(count, 4, side), views, seed)
 
 
 def same(a, b):
-    return all(np.array_equal(x, y) for x, y in zip(a, b))
+    return all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 def test_every_image_once_per_epoch_and_another_order_in_the_next():
@@ -68,7 +68,7 @@ def test_views_and_epochs_draw_differently():
 
 
 def test_crops_have_torchvisions_distribution():
-    index = SyntheticIndex(4000, 4, 1)
+    index = noise(4000, 4, 1)
     index.width[:], index.height[:] = 500, 375
     windows = Stream(index, (BURN,), 0).plan(range(4000)).windows[:, 0]
     top, left, height, width = windows.T
@@ -77,7 +77,9 @@ def test_crops_have_torchvisions_distribution():
     torch.manual_seed(0)
     picture = torch.empty(3, 375, 500)
     theirs = np.array([RandomResizedCrop.get_params(picture, (0.08, 1), (3 / 4, 4 / 3)) for _ in range(4000)]).T
-    for ours, reference in zip((top, left, height, width, height * width), (*theirs, theirs[2] * theirs[3])):
+    for ours, reference in zip(
+        (top, left, height, width, height * width), (*theirs, theirs[2] * theirs[3]), strict=True
+    ):
         grid = np.sort(np.concatenate((ours, reference)))
         distance = (
             np.abs(
@@ -88,27 +90,28 @@ def test_crops_have_torchvisions_distribution():
         assert distance < 1.95 * np.sqrt(2 / 4000)  # Kolmogorov-Smirnov at p = 0.001
 
 
-def test_impossible_crops_fall_back_to_the_largest_centre_crop():
-    index = SyntheticIndex(2, 2, 1)
+def test_impossible_crops_fall_back_to_the_largest_center_crop():
+    index = noise(2, 2, 1)
     index.width[:], index.height[:] = [1000, 1], [10, 1000]
     windows = Stream(index, (BURN,), 0, shuffled=False).plan([0, 1]).windows[:, 0]
     assert windows.tolist() == [[0, 493, 10, 13], [499, 0, 1, 1]]
 
 
-def test_centre_crop_window_is_torchvisions():
+def test_center_crop_window_is_torchvisions():
     view = View.model_validate({"preset": "validation"})
-    index = SyntheticIndex(1, 2, 1)
+    index = noise(1, 2, 1)
     index.width[:], index.height[:] = 500, 375
     top, left, height, width = Stream(index, (view,), 0, shuffled=False).plan([0]).windows[0, 0]
     # Resize(256) makes 341 x 256; CenterCrop(224) takes left round(58.5) = 58 and top 16.
     assert np.allclose([top * 256 / 375, left * 341 / 500, height * 256 / 375, width * 341 / 500], [16, 58, 224, 224])
 
 
-def test_colour_probabilities_and_ranges():
-    color = stream(3000).plan(range(3000)).color[:, 0]
+def test_color_probabilities_and_ranges():
+    plan = stream(3000).plan(range(3000))
+    color = plan.color[:, 0]
     jittered = color[:, BRIGHTNESS] != 1
     for share, wanted in (
-        (color[:, FLIP].mean(), 0.5),
+        (plan.flip[:, 0].mean(), 0.5),
         (jittered.mean(), 0.6),
         (color[:, GRAY].mean(), 0.2),
         ((color[:, SIGMA] > 0).mean(), 0.2),
@@ -168,3 +171,24 @@ def test_training_has_equal_steps_on_every_rank_whatever_the_count(count, world_
     ]
     seen = np.concatenate([s.images(next(chunk))[1] for _ in range(steps) for chunk in chunks])
     assert np.bincount(seen, minlength=count).tolist() == [24] * count
+
+
+def test_ratio_and_solarize_threshold_are_those_of_the_view():
+    view = View(size=8, crop="random", ratio=(1.0, 1.0), solarize=1.0, solarize_threshold=0.3)
+    plan = stream(200, views=(view,)).plan(range(200))
+    assert (plan.windows[..., 2] == plan.windows[..., 3]).all()
+    assert np.allclose(plan.color[..., SOLARIZE], 0.3)
+    wide = stream(200, views=(view.model_copy(update={"ratio": (2.0, 2.0)}),)).plan(range(200)).windows
+    assert (np.abs(wide[..., 3] - 2 * wide[..., 2]) <= 1.5).all()
+
+
+def test_what_a_window_sees():
+    # A random crop is a picture of its own; a center crop sees two output pixels around it, and two source pixels more.
+    index = noise(1, 2, 1)
+    index.width[:], index.height[:] = 400, 200
+    center = View(size=64, crop="center", resize=80)
+    plan = Stream(index, (BURN, center), 0, shuffled=False).plan([0])
+    top, left, height, width = plan.windows[0, 0]
+    assert plan.sees[0, 0].tolist() == [top, left, top + height, left + width]
+    # Resized to 160 x 80, scale 2.5: rows 20 to 180 and columns 120 to 280, and 2 · 2.5 + 2 = 7 pixels around them.
+    assert plan.windows[0, 1].tolist() == [20, 120, 160, 160] and plan.sees[0, 1].tolist() == [13, 113, 187, 287]

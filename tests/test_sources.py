@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -15,11 +16,15 @@ from PIL import Image
 
 import loaders
 from loaders import DataError, beton, dali_loader, turbo
-from loaders.index import open_index
-from tests.conftest import ROOT, last_state, picture, run, tiny, tool, write_tree
-from tests.test_loaders import as_beton, config, convert, equal, needs, odd_files, open_eval, open_train, take
+from loaders.errors import BadImage
+from loaders.sources import open_index
+from tests.images import odd_files, picture, write_tree
+from tests.loading import FILES, as_beton, config, convert, equal, needs, open_eval, open_train, take
+from tests.processes import PATIENCE, tool
+from tests.runs import last_state, run
+from tests.tiny import ROOT, tiny
 
-BACKENDS = [name for name in ("dali", "folder", "turbo") if not loaders.load(name).missing()]
+BACKENDS = [name for name in FILES if not loaders.load(name).Options.missing()]
 
 
 def open_at(root, **options):
@@ -106,7 +111,7 @@ def test_shards_hold_the_same_images(labels, tree, tmp_path):
 def test_every_back_end_reads_shards(backend, tree, tmp_path):
     shards = write_shards(tree, tmp_path / "shards", labels=True)
     one, other = (take(open_train(config(name, shards)), 12) for name in ("folder", backend))
-    for a, b in zip(one, other):
+    for a, b in zip(one, other, strict=True):
         assert torch.equal(a.rows, b.rows) and torch.equal(a.label, b.label)
         assert ((a.views[0] - b.views[0]).abs() * 255 * 0.225).mean() <= 1
     loader = open_eval(config(backend, shards))
@@ -149,14 +154,14 @@ def test_strategies_give_the_same_stream(mode, strategy, tree):
         got = take(open_train(config("ffcv", path, options=options)), 14)
     except DataError as error:
         pytest.skip(str(error))  # a file system without direct reads
-    assert all(equal(a, b) for a, b in zip(got, take(open_train(config("ffcv", path)), 14)))
+    assert all(equal(a, b) for a, b in zip(got, take(open_train(config("ffcv", path)), 14), strict=True))
 
 
 def test_without_the_core_a_beton_is_cut_on_the_host(tree, monkeypatch):
     path = as_beton(tree, mode="mixed")
     fast = take(open_train(config("ffcv", path)), 6)
     monkeypatch.setattr(turbo, "why_missing", lambda: "not built")
-    for a, b in zip(fast, take(open_train(config("ffcv", path)), 6)):
+    for a, b in zip(fast, take(open_train(config("ffcv", path)), 6), strict=True):
         assert torch.equal(a.rows, b.rows) and ((a.views[1] - b.views[1]).abs() * 255 * 0.225).max() <= 2.5
 
 
@@ -191,7 +196,7 @@ def test_we_read_what_ffcv_writes(tree, tmp_path):
 
     index = open_at(tree)
     pixels = [index.read(row).permute(1, 2, 0).numpy() for row in range(len(index))]
-    samples = [(image, int(label)) for image, label in zip(pixels, index.label)]
+    samples = [(image, int(label)) for image, label in zip(pixels, index.label, strict=True)]
     path = tmp_path / "theirs.beton"
     fields = {"image": RGBImageField(write_mode="raw"), "label": IntField()}
     DatasetWriter(str(path), fields, num_workers=1).from_indexed_dataset(samples)
@@ -287,15 +292,15 @@ def test_pages_have_checksums(tree):
 
 
 def test_ffcv_wants_a_beton(tree):
-    data = config("folder", tree)
-    data = data.model_copy(update={"backend": "ffcv", "options": loaders.load("ffcv").Options()})
+    data = loaders.with_backend(config("folder", tree), "ffcv")
     with pytest.raises(DataError, match=r"data.backend=ffcv needs a .beton file"):
         open_train(data)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_training_from_a_beton_resumes_to_the_bit(world_size, tree, tmp_path):
-    from tests.conftest import assert_same_run, run_ranks, train_main
+    from tests.processes import run_ranks, train_main
+    from tests.runs import assert_same_run
 
     path = as_beton(tree, mode="mixed")
     more = ["data.backend=ffcv", "data.options={}", f"data.train={path}", f"data.val={path}", "data.views.0.size=32"]
@@ -354,12 +359,12 @@ def test_a_quarantine_list_that_is_none_is_refused(tree, tmp_path):
 
 def test_the_limit_of_pixels_is_kept_though_a_file_changed(tmp_path):
     # reliability.md 27: the index knew a small image; nothing of the new one's size may be made.
-    from tests.test_loaders import bomb
+    from tests.images import bomb
 
     root = write_tree(tmp_path / "data")
     index = open_at(root)
     (root / "class0" / "0000.jpg").write_bytes(bomb(30_000, 30_000))
-    with pytest.raises(loaders.index.BadImage, match=r"is 30000x30000 pixels, the index says|cannot be decoded"):
+    with pytest.raises(BadImage, match=r"is 30000x30000 pixels, the index says|cannot be decoded"):
         index.read(0)
 
 
@@ -368,7 +373,7 @@ def test_the_limit_of_pixels_is_kept_though_a_file_changed(tmp_path):
 
 def called(*arguments, **options):
     return subprocess.run(
-        [sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=300, **options
+        [sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, **options
     )
 
 
@@ -390,41 +395,74 @@ def test_benchmark_of_loaders(small, tmp_path):
     result = json.loads(path.read_text())
     assert set(result["backends"]) == set(BACKENDS) and result["best"] in BACKENDS
     assert "ffcv" in result["not_measured"]
-    for found in result["backends"].values():
-        speeds = found["whole"]["images_per_second"]
-        assert len(speeds) == result["rounds"] and min(speeds) > 0
-        whole, phases = np.median(found["whole"]["cpu_ms"]), sum(found["phases_cpu_ms"].values())
-        assert phases == pytest.approx(whole, rel=1e-6) or phases > whole  # decode is cut at 0
+    floor = np.median(result["floor"]["cpu_ms"])
+    for measured in result["backends"].values():
+        crops, whole, phases = measured["crops"], measured["whole"], measured["phases_cpu_ms"]
+        assert len(whole["images_per_second"]) == len(crops["cpu_ms"]) == result["rounds"]
+        assert measured["per_core"] == np.median(whole["images_per_second"]) / result["threads"]
+        assert measured["of_floor"] == floor / np.median(crops["cpu_ms"])
+        # Phases are differences, so they add up to the whole loader, unless reading alone took longer than the floor.
+        assert sum(phases.values()) == pytest.approx(np.median(whole["cpu_ms"]) + max(0, phases["read"] - floor))
     assert f"best here for this recipe: {result['best']}" in done.stdout
 
 
-def test_benchmark_times_what_it_says():
-    import time
+def test_benchmark_times_what_it_says(monkeypatch):
+    from engine.bench import clock
 
-    from engine.bench import Arm, measure
+    now, order = [0.0], []
+    monkeypatch.setattr(clock.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(clock, "cpu_seconds", lambda: now[0] / 4)
 
-    def sleeping(seconds):
+    def batches(name, first, others):
+        order.append(name)
+        now[0] += first
         while True:
-            time.sleep(seconds)
             yield None
+            now[0] += others
 
-    found = measure(
-        [Arm("slow", lambda: sleeping(0.02)), Arm("fast", lambda: sleeping(0.005))], batch=10, batches=5, rounds=2
-    )
-    for name, seconds in (("slow", 0.02), ("fast", 0.005)):
-        assert np.median(found[name].images_per_second) == pytest.approx(10 / seconds, rel=0.3)
-    assert np.median(found["slow"].cpu_ms) < 2
-    assert min(found["fast"].cpu_ms) > 0  # however short: shares are taken of it
+    candidates = [
+        clock.Candidate("slow", lambda: batches("slow", 3.0, 0.5)),
+        clock.Candidate("fast", lambda: batches("fast", 1.0, 0.25)),
+    ]
+    speeds = clock.interleave(candidates, batch=10, batches=4, rounds=2)
+    assert order == ["slow", "fast"] * 2  # in turn
+    for name, first, others in (("slow", 3.0, 0.5), ("fast", 1.0, 0.25)):
+        assert speeds[name].first_batch == [first] * 2
+        assert speeds[name].images_per_second == [10 / others] * 2
+        assert speeds[name].cpu_ms == [1000 * others / 4 / 10] * 2
+
+
+def test_cpu_time_counts_children_and_is_never_zero():
+    from engine.bench.clock import cpu_seconds
+
+    before = cpu_seconds()
+    sum(range(1000))
+    assert cpu_seconds() > before  # however short: shares are taken of it
+    before = cpu_seconds()
+    subprocess.run([sys.executable, "-c", "sum(range(20_000_000))"], check=True)
+    assert cpu_seconds() - before > 0.05
 
 
 def test_doctor(small):
     _, overrides = small
     done = called("tools/doctor.py", "recipes/quick/burn_stage1.yaml", *overrides)
     assert done.returncode == 0, done.stdout + done.stderr
-    for word in ("back end turbo", "back end dali", "back end ffcv", "/dev/shm", "disk, cold", "verdict"):
+    for word in (*(f"back end {name}" for name in loaders.backends()), "/dev/shm", "disk, cold", "verdict"):
         assert word in done.stdout
     lacking = called("tools/doctor.py", "recipes/burn_stage1.yaml")
     assert lacking.returncode == 1 and "set data.train=" in lacking.stdout
+
+
+def test_doctor_names_the_loader_to_take_where_only_the_back_end_is_missing(small, monkeypatch, capsys):
+    _, overrides = small
+    monkeypatch.setattr(loaders.load("dali").Options, "missing", classmethod(lambda cls: "dali needs NVIDIA DALI"))
+    arguments = ["doctor.py", str(ROOT / "recipes/quick/burn_stage1.yaml"), *overrides, "data.backend=dali"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    assert tool("doctor").main() == 1
+    said = capsys.readouterr().out
+    assert "missing            data.backend: dali needs NVIDIA DALI" in said
+    best = re.search(r"the best loader here is (\w+)", said)[1]
+    assert best != "dali" and f"set data.backend={best}" in said
 
 
 def test_show_views(small, tmp_path):

@@ -1,5 +1,6 @@
 """The compiled core: its pixels against Pillow's, its two paths against each other, and what it has to refuse."""
 
+import dataclasses
 import io
 
 import numpy as np
@@ -8,11 +9,12 @@ import torch
 from PIL import Image
 
 from loaders import turbo
-from loaders.contract import Room
-from loaders.index import BadImage, Index, open_index
-from loaders.sampler import Stream
+from loaders.contract import CropMemory, Order
+from loaders.errors import BadImage
+from loaders.sampler import Plan, Stream
+from loaders.sources import open_index
 from loaders.views import View
-from tests.conftest import picture
+from tests.images import picture
 
 pytestmark = pytest.mark.skipif(bool(turbo.why_missing()), reason=turbo.why_missing() or "built")
 
@@ -42,11 +44,21 @@ def index_of(tmp_path, variants=VARIANTS, height=157, width=203):
     return open_index(tmp_path / "data", max_pixels=10**8)
 
 
+def crop_memory(view, count):
+    return CropMemory(Stream(None, (view,), 0)).crops(count)
+
+
 def cut(index, rows, view, windows, flip=False):
     """Crops of one view: windows (top, left, height, width) [b, 4] to uint8 [b, size, size, 3]."""
-    rows = np.array(rows)
-    crops = Room([view]).crops(len(rows))
-    job = turbo.Job(index, rows, (view,), np.array(windows, dtype=float)[:, None], np.full((len(rows), 1), flip), crops)
+    windows = np.array(windows, dtype=float)[:, None]
+    sees = np.concatenate((windows[..., :2], windows[..., :2] + windows[..., 2:]), axis=-1)
+    plan = Plan(np.array(rows), windows, sees, np.full((len(rows), 1), flip), None)
+    return run_plan(index, plan, view)
+
+
+def run_plan(index, plan, view):
+    crops = crop_memory(view, len(plan.image))
+    job = turbo.Job(index, plan.image, turbo.Cut.of(plan, (view,), crops))
     job.run_alone()
     assert (job.status == turbo.DONE).all()
     return crops[0][0].clone()
@@ -90,12 +102,12 @@ def test_resampling_is_pillows_within_one_level(interpolation, tmp_path):
             assert np.abs(got - pillow(pixels, box, size, filter)).max() <= 1, (size, box)
 
 
-def test_centre_windows_see_what_is_around_them(tmp_path):
+def test_center_windows_see_what_is_around_them(tmp_path):
     # Resize of the whole picture and then the centre, as torchvision does it.
     index = index_of(tmp_path, [{"subsampling": "4:4:4"}])
     center = view(64, crop="center", resize=72)
     plan = Stream(index, (center,), 0, shuffled=False).plan([0])
-    got = cut(index, [0], center, plan.windows[:, 0])[0].numpy().astype(int)
+    got = run_plan(index, plan, center)[0].numpy().astype(int)
     pixels = index.read(0).permute(1, 2, 0).numpy()
     size = int(72 * 203 / 157), 72
     whole = (
@@ -123,12 +135,12 @@ def test_both_paths_give_the_same_pixels_and_flips_are_mirrors(tmp_path):
             assert torch.equal(flipped, fast.flip(2))
 
 
-def raw_job(index, rows, axes, size=8, **changes):
+def raw_job(index, rows, axes, size=8):
     """Run windows that no plan would give, straight into the core."""
-    crops = Room([view(size)]).crops(len(rows))
-    windows = np.tile([0.0, 0, 8, 8], (len(rows), 1, 1))
-    job = turbo.Job(index, np.array(rows), (view(size),), windows, np.zeros((len(rows), 1), dtype=bool), crops)
-    job._kept[3]["windows"][:] = axes  # [b, V, 2, 4]: low, high, start, scale
+    crops = crop_memory(view(size), len(rows))
+    axes = np.broadcast_to(np.array(axes, dtype=float), (len(rows), 1, 2, 4))  # of x and y: low, high, start, scale
+    flip = np.zeros((len(rows), 1), dtype=bool)
+    job = turbo.Job(index, np.array(rows), turbo.Cut((view(size),), axes, flip, crops))
     job.run_alone()
     return job.status
 
@@ -181,8 +193,10 @@ def test_whatever_it_takes_the_host_would_take_too(tmp_path):
     for number, body in enumerate(broken):
         (folder / f"b{number:03d}.jpg").write_bytes(body)
     index = open_index(tmp_path / "data", max_pixels=10**8)
-    job = turbo.Job(index, np.arange(len(index)), (view(8),), np.tile([16.0, 8, 8, 8], (len(index), 1, 1)),
-                    np.zeros((len(index), 1), dtype=bool), crops := Room([view(8)]).crops(len(index)))  # fmt: skip
+    crops = crop_memory(view(8), len(index))
+    axes = np.broadcast_to(np.array([[8.0, 16, 8, 1], [16, 24, 16, 1]]), (len(index), 1, 2, 4))
+    flip = np.zeros((len(index), 1), dtype=bool)
+    job = turbo.Job(index, np.arange(len(index)), turbo.Cut((view(8),), axes, flip, crops))
     job.run_alone()
     taken = 0
     for row, status in enumerate(job.status.tolist()):
@@ -210,8 +224,7 @@ def test_files_that_changed_vanished_or_are_no_files(tmp_path):
 
 def test_a_limit_of_pixels_is_kept(tmp_path):
     index = index_of(tmp_path, [{}])
-    small = Index(index.root, index.classes, np.array([index.name(0)]), index.label, index.width, index.height,
-                  index.format, {}, max_pixels=157 * 203 - 1)  # fmt: skip
+    small = dataclasses.replace(index, max_pixels=157 * 203 - 1)
     assert raw_job(small, [0], [[(0, 8, 0, 1)] * 2]).tolist() != [turbo.DONE]
 
 
@@ -219,7 +232,6 @@ def test_a_machine_without_the_core_is_told_what_to_do(tmp_path, monkeypatch):
     from loaders import DataError, turbo_loader
 
     monkeypatch.setattr(turbo, "_load", lambda: (None, f"the compiled core was not built; {turbo.HOW_TO_BUILD}"))
-    arguments = {"replace": True, "workers": 1, "device": torch.device("cpu"), "options": turbo_loader.Options()}
     stream = Stream(index_of(tmp_path, [{}]), (view(8),), 0)
     with pytest.raises(DataError, match=r"apt-get install gcc libjpeg62-turbo-dev.*set data.backend=folder"):
-        turbo_loader.open(stream, [[0]], **arguments)
+        turbo_loader.Options().batches(Order(stream, [[0]], True, 1, torch.device("cpu")))

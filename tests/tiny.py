@@ -1,0 +1,84 @@
+"""Tiny versions of every recipe: small networks on small images; methods and structure stay."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from engine import recipe as recipes
+from engine.recipe import Recipe
+from models.contract import BackboneConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+TABLES = sorted(ROOT.glob("recipes/tables/*.yaml"))
+RECIPES = sorted(set(ROOT.glob("recipes/**/*.yaml")) - set(TABLES) - set(ROOT.glob("recipes/base/*.yaml")))
+RECIPE_IDS = [str(path.relative_to(ROOT / "recipes")) for path in RECIPES]
+LARGEST = 48
+"""Widths, queues and numbers of prototypes are cut to this."""
+
+
+def tiny_overrides(path: Path, folder: Path) -> list[str]:
+    """What shrinks a recipe to seconds, by the types of its keys and by no name of a method."""
+    content = recipes.load(path)
+    sizes = sorted({view.size for view in content.data.views})
+    small = dict(zip(sizes, (32, 64), strict=False))
+    overrides = [
+        f"run.folder={folder}",
+        "data.backend=synthetic",
+        "data.options={num_images: 40, num_val_images: 16, num_classes: 4, side: 36}",
+        "data.expect_images=null",
+        "data.batch_size=16",
+        "data.micro_batch=8",
+        "data.eval_view={crop: center, size: 32, resize: 32}",
+        # Two sizes stay two sizes: the smaller crops of multi-crop keep a resolution of their own.
+        "data.views=" + json.dumps([{**v.model_dump(), "size": small[v.size]} for v in content.data.views]),
+        "run.duration=6it",
+        "run.log_every=1it",
+        "run.save_every=2it",
+        "run.keep=100",
+        "run.amp=off",
+        "run.compile=false",
+        "init=[]",
+        *(f"method.{key}={json.dumps(item)}" for key, item in _shrunk(content).items()),
+    ]
+    for name, schedule in content.schedules.items():
+        if schedule.milestones:
+            overrides.append(f"schedules.{name}.milestones={json.dumps(['1it'] * len(schedule.milestones))}")
+    if content.evals:
+        overrides.append("evals.0.every=3it")
+    return overrides
+
+
+def _shrunk(content: Recipe) -> dict[str, Any]:
+    method = content.method
+    keys: dict[str, Any] = {}
+    for key, item in method:
+        if isinstance(item, BackboneConfig):
+            keys[key] = _shrunk_network(item)
+        elif type(item) is int and item == method.classes:
+            keys[key] = 4
+        elif type(item) is int and item > LARGEST:
+            keys[key] = LARGEST
+    return keys
+
+
+def _shrunk_network(network: BackboneConfig) -> dict[str, Any]:
+    student = network.model_dump() if network.fusable else {"weights": "real", "activations": "real"}
+    return {**student, "arch": "reactnet", "width": 2, "stem_stride": 2}
+
+
+def tiny(path: Path | str, folder: Path, *more: str) -> Recipe:
+    """A tiny version of a recipe of this repository, with further overrides."""
+    path = ROOT / "recipes" / path
+    return recipes.load(path, [*tiny_overrides(path, folder), *more])
+
+
+def distinct() -> list[Path]:
+    """Recipes whose tiny versions differ in more than names and numbers: one of each, for what takes long."""
+    found: dict[Any, Path] = {}
+    for path in sorted(RECIPES, key=lambda p: len(p.parts)):
+        recipe = tiny(path, Path("nowhere"))
+        sizes = tuple(view.size for view in recipe.data.views)
+        found.setdefault((recipe.method.model_dump_json(), recipe.optim.name, sizes), path)
+    return list(found.values())
