@@ -1,7 +1,7 @@
 # docker build -t burn-engine . && docker run --gpus all --shm-size 16g -v /data/imagenet:/app/data/imagenet burn-engine \
 #   torchrun --nproc_per_node=8 tools/train.py recipes/burn_stage1.yaml
 FROM python:3.11-slim
-RUN apt-get update && apt-get install -y --no-install-recommends git make gcc libc6-dev libjpeg62-turbo-dev && rm -rf /var/lib/apt/lists/*
+RUN apt-get update && apt-get install -y --no-install-recommends git make gcc libc6-dev libjpeg-dev && rm -rf /var/lib/apt/lists/*
 WORKDIR /app
 COPY setup.cfg setup.py pyproject.toml README.md LICENSE NOTICE ./
 COPY engine engine

@@ -1,15 +1,20 @@
-# `make demo` trains and evaluates BURN on real images; `make test` runs every test. Both set up all they need in .venv.
+# `make demo` trains and evaluates BURN on real images; `make test` runs every test, `make quick` a part in a
+# few minutes. All set up what they need in .venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint fuzz clean
+.PHONY: demo test quick lint fuzz clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python tools/demo.py
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal
+
+# Without the tests that compile, kill or converge.
+quick: $(VENV)/.dev
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -21,7 +26,7 @@ $(VENV)/.demo $(VENV)/.dev: setup.cfg setup.py pyproject.toml loaders/turbo.c
 	$(BIN)/python -m pip install --editable ".[$(subst .,,$(suffix $@))]"
 	touch $@
 
-# Needs clang with its sanitiser runtime (Debian: clang libclang-rt-dev) and libjpeg62-turbo-dev.
+# Needs clang with its sanitizer runtime (Debian: clang libclang-rt-dev) and libjpeg62-turbo-dev.
 FUZZ_SECONDS ?= 1800
 fuzz: $(VENV)/.dev
 	mkdir -p build/fuzz

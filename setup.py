@@ -1,4 +1,5 @@
-"""Only what setup.cfg cannot hold: the compiled core of the CPU loader, loaders/turbo.c.
+"""Only what setup.cfg cannot hold: the compiled core of the CPU loader, loaders/turbo.c. (In pyproject.toml, setuptools
+calls that experimental.)
 
 It is optional: without a C compiler or libjpeg-turbo's headers the engine installs without it.
 """
