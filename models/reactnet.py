@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from models.binary import BinaryConv2d, Estimator, Precision, RPReLU, Shift, binarize_activation
@@ -16,7 +16,7 @@ from models.contract import Backbone, BackboneConfig
 from models.halfblock import ChannelParameters, HalfBlock, Residual, half_block
 from models.weight_signs import on_signs
 
-# Output channels of the stem and the 13 blocks, as multiples of the stem's width (ReActNet, table of section 4).
+# Of ReActNet-A (ReActNet, table of section 4).
 CHANNEL_MULTIPLES = (1, 2, 4, 4, 8, 8, 16, 16, 16, 16, 16, 16, 32, 32)
 
 
@@ -25,6 +25,8 @@ class Config(BackboneConfig):
 
     arch: Literal["reactnet"] = "reactnet"
     width: int = Field(default=32, ge=1)
+    multiples: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=CHANNEL_MULTIPLES, min_length=2)
+    """Output channels of the stem and of each block, as multiples of `width`: each the one before or twice that."""
     stem_stride: Literal[1, 2] = 2
     weights: Precision = "binary"
     activations: Precision = "binary"
@@ -39,7 +41,20 @@ class Config(BackboneConfig):
 
     def check_side(self, side: int) -> None:
         """See `check_side`."""
-        check_side(side, self.stem_stride)
+        check_side(side, self.stem_stride, self.halvings)
+
+    @property
+    def halvings(self) -> int:
+        """Blocks that halve the map: all that double the channels but the first."""
+        return sum(b != a for a, b in pairwise(self.multiples[1:]))
+
+    @model_validator(mode="after")
+    def _doubles(self) -> Config:
+        if self.multiples[0] != 1 or any(b not in (a, 2 * a) for a, b in pairwise(self.multiples)):
+            raise ValueError(
+                f"multiples: expected 1, then each the one before or twice that, got {list(self.multiples)}"
+            )
+        return self
 
     def build(self) -> ReActNet:
         """See `ReActNet`."""
@@ -155,7 +170,7 @@ class ReActNet(Backbone):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
-        channels = [config.width * multiple for multiple in CHANNEL_MULTIPLES]
+        channels = [config.width * multiple for multiple in config.multiples]
         self.stem = nn.Sequential(
             nn.Conv2d(3, channels[0], 3, stride=config.stem_stride, padding=1, bias=False),
             nn.BatchNorm2d(channels[0]),
@@ -177,13 +192,13 @@ class ReActNet(Backbone):
                 nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
 
     def map(self, x: Tensor) -> Tensor:
-        """Images [B, 3, H, W] to the last feature map [B, C, H/32, W/32] (H/16 with `stem_stride: 1`).
+        """Images [B, 3, H, W] to the last feature map, in ReActNet-A [B, C, H/32, W/32] (H/16 with `stem_stride: 1`).
 
         Raises:
             ValueError: an image side that does not divide down to the last map.
         """
         for side in x.shape[-2:]:
-            check_side(side, self.config.stem_stride)
+            self.config.check_side(side)
         x = self.stem(x)
         if self.fused and self.config.fusable and self.training:
             return self._fused(x)
@@ -212,21 +227,21 @@ class ReActNet(Backbone):
         return F.relu(self.fc(x)) if self.fc is not None else x
 
 
-def check_side(side: int, stem_stride: int) -> None:
-    """Refuse an image side whose map after the stem is not a multiple of 16.
+def check_side(side: int, stem_stride: int, halvings: int = 4) -> None:
+    """Refuse an image side whose map after the stem cannot be halved that often (four times in ReActNet-A).
 
     Raises:
         ValueError: names the nearest legal sides.
     """
 
     def legal(s: int) -> bool:
-        return s > 0 and -(-s // stem_stride) % 16 == 0
+        return s > 0 and -(-s // stem_stride) % 2**halvings == 0
 
     if not legal(side):
         below = next((s for s in range(side, 0, -1) if legal(s)), None)
-        above = next(s for s in range(side + 1, side + 64) if legal(s))
+        above = next(s for s in range(side + 1, side + 4 * 2**halvings) if legal(s))
         nearest = f"{above}" if below is None else f"{below} or {above}"
         raise ValueError(
             f"image side {side} does not fit ReActNet with stem_stride {stem_stride}: "
-            f"expected ceil(side / {stem_stride}) to be a multiple of 16, nearest {nearest}"
+            f"expected ceil(side / {stem_stride}) to be a multiple of {2**halvings}, nearest {nearest}"
         )

@@ -13,7 +13,6 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):  # before torch counts the c
 import pytest
 import torch
 
-from models import reactnet
 from tests.images import write_tree
 
 
@@ -30,9 +29,3 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
 @pytest.fixture(scope="session")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tree(tmp_path_factory.mktemp("images"))
-
-
-@pytest.fixture
-def shallow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """ReActNets of three blocks, one of each kind, for tests that compile: what is compiled for 13 takes minutes."""
-    monkeypatch.setattr(reactnet, "CHANNEL_MULTIPLES", (1, 2, 4, 4))

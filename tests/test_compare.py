@@ -13,7 +13,7 @@ from engine.errors import RecipeError
 from engine.results import table
 from engine.results.chain import evaluated_part
 from engine.schedules import Horizon
-from tests.processes import PATIENCE
+from tests.processes import PATIENCE, tool
 from tests.tiny import ROOT, TABLES
 
 FASHION = ROOT / "recipes/tables/fashion.yaml"
@@ -93,6 +93,7 @@ def compare(*arguments, **options):
     )
 
 
+@pytest.mark.slow
 def test_a_table_runs_fails_in_a_row_and_goes_on(tmp_path):
     quick = str(ROOT / "recipes/quick/supervised.yaml")
     few = ["method.num_classes=4", "run.log_every=1it"]
@@ -119,6 +120,7 @@ def test_a_table_runs_fails_in_a_row_and_goes_on(tmp_path):
     assert json.loads((tmp_path / "out/table.json").read_text())["rows"]["good"]["runs"] == [result]
 
 
+@pytest.mark.slow
 def test_a_stopped_table_is_saved_and_goes_on(tmp_path):
     few = ["method.num_classes=4", "run.log_every=1it", "run.save_every=1000it"]
     rows = [{"name": "long", "stages": [str(ROOT / "recipes/quick/supervised.yaml")], "overrides": few}]
@@ -145,6 +147,7 @@ def test_a_stopped_table_is_saved_and_goes_on(tmp_path):
     assert again.returncode == 75 and steps == list(range(1, len(steps) + 1)), "a step twice, or none"
 
 
+@pytest.mark.slow
 def test_rows_do_not_run_behind_a_teacher_that_failed(tmp_path):
     quick = ROOT / "recipes/quick"
     rows = [{"name": "student", "stages": [str(quick / "s2bnn_step1.yaml")]}]
@@ -165,7 +168,8 @@ def test_rows_do_not_run_behind_a_teacher_that_failed(tmp_path):
         (["--launcher", "torchrn -n 8"], "--launcher: no program 'torchrn'"),
     ],
 )
-def test_bad_arguments_are_refused(arguments, message):
-    process = compare(FASHION, *arguments)
-    text, _ = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 2 and message in text and text.count("\n") == 1
+def test_bad_arguments_are_refused(arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["compare.py", str(FASHION), *arguments])
+    assert tool("compare").main() == 2
+    said = capsys.readouterr()
+    assert message in said.err and said.err.count("\n") == 1 and not said.out

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.runs import losses_in_float64, rows, run
-from tests.tiny import ROOT, distinct, tiny
+from tests.tiny import ROOT, distinct, full_depth, tiny
 
 GOLDEN = ROOT / "tests" / "golden"
 STEPS = 100
@@ -21,9 +21,10 @@ NUM_VIEWS = {"burn_stage1.yaml": 2, "burn_stage2.yaml": 2, "moco_v2.yaml": 2, "l
 def losses(path, folder):
     # Bicubic everywhere: PyTorch's bilinear filter of uint8 rounds differently with and without AVX2.
     filters = [f"data.views.{number}.interpolation=bicubic" for number in range(NUM_VIEWS[path])]
-    # The widths with which these losses were written.
+    # The widths and the depth with which these losses were written.
     widths = ["method.hidden_dim=8", "method.out_dim=8"] if path.startswith("burn") else []
     widths = ["method.out_dim=8"] if path.startswith("moco") else widths
+    widths += full_depth(path)
     recipe = tiny(path, folder, f"run.duration={STEPS}it", "data.batch_size=8", "evals=[]", *filters, *widths)
     return losses_in_float64(recipe, STEPS)
 
@@ -36,6 +37,7 @@ def test_losses_in_float64_are_finite_and_repeat(path, tmp_path):
 
 
 @pytest.mark.parametrize("path", NUM_VIEWS)
+@pytest.mark.slow
 def test_losses_are_the_committed_ones(path, tmp_path, request):
     found = losses(path, tmp_path)
     file = (GOLDEN / path).with_suffix(".txt")
@@ -46,6 +48,7 @@ def test_losses_are_the_committed_ones(path, tmp_path, request):
     assert found == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_hundred_steps_twice_are_equal_to_the_bit(tmp_path):
     overrides = ["run.duration=100it", "data.batch_size=8", "evals=[]", "run.save_every=100it"]
     a, b = (tiny("quick/burn_stage2.yaml", tmp_path / name, *overrides) for name in "ab")

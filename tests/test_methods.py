@@ -18,7 +18,7 @@ from models.losses import sinkhorn, soft_cross_entropy
 from models.momentum import update_average
 from tests.processes import run_ranks
 from tests.runs import prepare, run, trainer_of
-from tests.tiny import tiny
+from tests.tiny import full_depth, tiny
 
 F64 = torch.float64
 SMALL = {"arch": "reactnet", "width": 2, "pooled_mlp": False}
@@ -386,7 +386,7 @@ def test_lars_skips_a_step_that_overflowed(name):
 
 def test_lars_leaves_alone_what_is_no_matrix(tmp_path):
     # The regular expression of the release misses the PReLU slopes and the affines of the doubling blocks.
-    trainer = trainer_of(tiny("byol.yaml", tmp_path))
+    trainer = trainer_of(tiny("byol.yaml", tmp_path, *full_depth("byol.yaml")))
     scaled = {id(p) for group in trainer.optimizer.param_groups if group["decayed"] for p in group["params"]}
     names = {n for n, p in trainer.method.named_parameters() if id(p) in scaled}
     wanted = {
@@ -452,7 +452,7 @@ def test_effective_rank():
 
 @pytest.mark.parametrize("path", ["byol.yaml", "swav.yaml", "moco_tuned_step2.yaml", "burn_stage2.yaml"])
 def test_monitors_are_in_the_log(path, tmp_path):
-    recipe = tiny(path, tmp_path)
+    recipe = tiny(path, tmp_path, *full_depth(path))
     run(recipe)
     lines = [json.loads(line) for line in (recipe.folder / "metrics.jsonl").read_text().splitlines()]
     steps_logged = [row for row in lines if "evaluation" not in row]

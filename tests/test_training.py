@@ -17,9 +17,10 @@ from models import methods
 from models.weights import WeightsError
 from tests.processes import PATIENCE, run_ranks, start_process
 from tests.runs import assert_same_run, differences, in_float64, last_state, open_loader, prepare, rows, run, trainer_of
-from tests.tiny import RECIPE_IDS, RECIPES, ROOT, distinct, tiny
+from tests.tiny import RECIPE_IDS, RECIPES, ROOT, distinct, full_depth, of_each_method, tiny
 
 ALL = pytest.mark.parametrize("path", RECIPES, ids=RECIPE_IDS)
+METHODS = pytest.mark.parametrize("path", of_each_method(), ids=lambda path: str(path.relative_to(ROOT / "recipes")))
 KINDS = pytest.mark.parametrize("path", distinct(), ids=lambda path: str(path.relative_to(ROOT / "recipes")))
 
 
@@ -54,7 +55,8 @@ def test_what_should_move_moves_and_nothing_else_does(path, tmp_path):
 @pytest.mark.parametrize(("option", "counts"), [("none", (6, 0)), ("kl", (6, 6)), ("both", (6, 6))])
 def test_gradient_pattern_of_burns_options(option, counts, tmp_path):
     # methods.md 7.5, with the tensor counts of the full-size networks
-    recipe = tiny("burn_stage1.yaml", tmp_path, f"method.target_gradient={option}", "data.batch_size=8")
+    depth = full_depth("burn_stage1.yaml")
+    recipe = tiny("burn_stage1.yaml", tmp_path, f"method.target_gradient={option}", "data.batch_size=8", *depth)
     trainer, batches = prepare(recipe)
     method = trainer.method
     batch = next(batches)
@@ -128,21 +130,22 @@ def test_resume_is_exact(path, tmp_path):
         assert_same_run(recipe, again)
 
 
+@pytest.mark.slow
 def test_resume_from_every_step(tmp_path):
     # reliability.md 3
     recipe = tiny(
-        "quick/burn_stage2.yaml", tmp_path / "whole", "run.duration=24it", "run.save_every=1it", "run.log_every=5it",
-        "evals.0.every=8it", "data.options.num_images=36", "data.batch_size=8", "data.micro_batch=4",
+        "quick/burn_stage2.yaml", tmp_path / "whole", "run.duration=12it", "run.save_every=1it", "run.log_every=5it",
+        "evals.0.every=5it", "data.options.num_images=36", "data.batch_size=8", "data.micro_batch=4",
     )  # fmt: skip
     run(recipe)
-    for step in range(1, 24):
+    for step in range(1, 12):
         again = cut(recipe, tmp_path / f"cut{step}", step)
         run(again, resume=True)
         assert_same_run(recipe, again)
         shutil.rmtree(tmp_path / f"cut{step}")
 
 
-@KINDS
+@METHODS
 def test_two_runs_are_equal(path, tmp_path):
     # reliability.md 5
     a, b = (tiny(path, tmp_path / name) for name in "ab")
@@ -159,7 +162,8 @@ def ranks_run(recipe_path, folder, overrides, resume):
     train.run(tiny(recipe_path, folder, *overrides), resume=resume)
 
 
-@KINDS
+@METHODS
+@pytest.mark.slow
 def test_resume_is_exact_on_two_ranks(path, tmp_path):
     overrides = ["data.micro_batch=4", "run.save_every=1it", "run.log_every=2it"]
     whole = tiny(path, tmp_path / "whole", *overrides)
@@ -216,6 +220,7 @@ def gradients(overrides, folder):
         torch.save(kept, folder / "gradients.pt")
 
 
+@pytest.mark.slow
 def test_two_ranks_equal_accumulation_equal_one_batch(tmp_path):
     # reliability.md 6 and 7, methods.md 7.8.5
     gradients(["data.micro_batch=16"], tmp_path / "one")
@@ -520,7 +525,7 @@ def test_endless_overflow_stops_after_the_allowed_steps(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_compiled_and_eager_runs_continue_each_other(tmp_path, shallow):
+def test_compiled_and_eager_runs_continue_each_other(tmp_path):
     # reliability.md 44: in float32 their numbers part where a sign flips; what must hold is that a checkpoint does not
     # know how it was made, and that a compiled run repeats itself. Equality in float64: test_bench_step.py.
     more = ["data.batch_size=8", "evals=[]", "run.save_every=1it"]

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from engine import recipe as recipes
 from engine.recipe import Recipe
 from models.contract import BackboneConfig
+from models.reactnet import CHANNEL_MULTIPLES
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLES = sorted(ROOT.glob("recipes/tables/*.yaml"))
 RECIPES = sorted(set(ROOT.glob("recipes/**/*.yaml")) - set(TABLES) - set(ROOT.glob("recipes/base/*.yaml")))
 RECIPE_IDS = [str(path.relative_to(ROOT / "recipes")) for path in RECIPES]
+SHALLOW = [1, 2, 4, 4]  # one block of each kind, where ReActNet-A has 13 blocks
 LARGEST = 48
 """Widths, queues and numbers of prototypes are cut to this."""
 
@@ -43,7 +46,7 @@ def tiny_overrides(path: Path, folder: Path) -> list[str]:
         *(f"method.{key}={json.dumps(item)}" for key, item in _shrunk(content).items()),
     ]
     for name, schedule in content.schedules.items():
-        if schedule.milestones:
+        if schedule.shape == "switch":
             overrides.append(f"schedules.{name}.milestones={json.dumps(['1it'] * len(schedule.milestones))}")
     if content.evals:
         overrides.append("evals.0.every=3it")
@@ -65,7 +68,7 @@ def _shrunk(content: Recipe) -> dict[str, Any]:
 
 def _shrunk_network(network: BackboneConfig) -> dict[str, Any]:
     student = network.model_dump() if network.fusable else {"weights": "real", "activations": "real"}
-    return {**student, "arch": "reactnet", "width": 2, "stem_stride": 2}
+    return {**student, "arch": "reactnet", "width": 2, "multiples": SHALLOW, "stem_stride": 2}
 
 
 def tiny(path: Path | str, folder: Path, *more: str) -> Recipe:
@@ -74,11 +77,24 @@ def tiny(path: Path | str, folder: Path, *more: str) -> Recipe:
     return recipes.load(path, [*tiny_overrides(path, folder), *more])
 
 
+def full_depth(path: Path | str) -> list[str]:
+    """Overrides that give the networks of a tiny recipe the 13 blocks of ReActNet-A."""
+    networks = recipes.load(ROOT / "recipes" / path).method.networks
+    return [f"method.{name}.multiples={list(CHANNEL_MULTIPLES)}" for name in networks]
+
+
 def distinct() -> list[Path]:
     """Recipes whose tiny versions differ in more than names and numbers: one of each, for what takes long."""
-    found: dict[Any, Path] = {}
+    return _one_of_each(lambda r: (r.method.model_dump_json(), r.optim.name, [view.size for view in r.data.views]))
+
+
+def of_each_method() -> list[Path]:
+    """One recipe of each method with each number of views, for what takes longer."""
+    return _one_of_each(lambda r: (r.method.name, r.method.num_views))
+
+
+def _one_of_each(kind: Callable[[Recipe], Any]) -> list[Path]:
+    found: dict[str, Path] = {}
     for path in sorted(RECIPES, key=lambda p: len(p.parts)):
-        recipe = tiny(path, Path("nowhere"))
-        sizes = tuple(view.size for view in recipe.data.views)
-        found.setdefault((recipe.method.model_dump_json(), recipe.optim.name, sizes), path)
+        found.setdefault(str(kind(tiny(path, Path("nowhere")))), path)
     return list(found.values())

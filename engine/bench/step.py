@@ -280,6 +280,8 @@ def _timing(one: Running, reference: Running, result: Result, numbers: dict[str,
 def _noise(one: Running) -> float:
     times = [sum(step.values()) for block in one.blocks for step in block]
     half = len(times) // 2
+    if not half:
+        return 0.0
     return abs(median(times[:half]) - median(times[half:])) / median(times)
 
 
