@@ -2,7 +2,7 @@
 
 A file is `step-<step>-<hash>.pt`, a plain `torch.save` of tensors and plain data whose name carries the first 16
 hex digits of its SHA-256. It is written aside, flushed to the disk and renamed, so a name that exists is a file
-that was complete; the hash finds what a disk did to it later.
+that was complete; the hash reveals what a disk did to it later.
 """
 
 from __future__ import annotations

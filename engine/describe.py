@@ -54,7 +54,7 @@ def _length(recipe: Recipe, horizon: Horizon | None) -> list[str]:
         first, middle, last = (
             value(schedule, step, horizon) for step in (0, horizon.total_steps // 2, max(horizon.total_steps - 1, 0))
         )
-        lines.append(f"{name:16} {first:.6g} first, {middle:.6g} half-way, {last:.6g} last")
+        lines.append(f"{name:16} {first:.6g} first, {middle:.6g} halfway, {last:.6g} last")
     return lines
 
 

@@ -35,7 +35,7 @@ class World(NamedTuple):
 
     @property
     def place(self) -> Place:
-        """What a loader has to know of this."""
+        """What a loader has to know about it."""
         return Place(self.rank, self.world_size, self.local_world_size, self.device)
 
 
@@ -58,7 +58,7 @@ def start(device: str, timeout_seconds: int) -> World:
     if device == "cuda" or (device == "auto" and gpus):
         if gpus < local_world_size:
             raise DeviceError(
-                f"run.device: {local_world_size} ranks on this machine want a GPU each, found {gpus}; "
+                f"run.device: {local_world_size} ranks on this machine need a GPU each, found {gpus}; "
                 "start fewer with --nproc_per_node or set run.device=cpu"
             )
         here = torch.device("cuda", local_rank)

@@ -64,13 +64,13 @@ class Untrained(EngineError):
 
 
 class NotSaved(EngineError):
-    """The last checkpoint of a run, or that of a signal, could not be written."""
+    """The last checkpoint of a run, or the one saved on a signal, could not be written."""
 
     exit_code = 5
 
 
 class Stopped(EngineError):
-    """A signal asked the run to stop; it is saved."""
+    """A signal asked the run to stop; the run is saved."""
 
     exit_code = 75  # EX_TEMPFAIL of sysexits.h: start again with --resume
 

@@ -1,4 +1,4 @@
-"""The folder of a run: who may write to it, and all that it holds beside checkpoints and curves."""
+"""The folder of a run: who may write to it, and all that it holds besides checkpoints and curves."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.path / ".lock", "w")
         except OSError as error:
-            raise FolderError(f"run.folder: {self.path} cannot be made or written: {error.strerror}") from None
+            raise FolderError(f"run.folder: {self.path} cannot be created or written: {error.strerror}") from None
         try:
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, workers do not inherit it
         except OSError:
             raise FolderError(
-                f"{self.path}: another process is running here; wait for it or name this run anew"
+                f"{self.path}: another process is running here; wait for it or give this run another name"
             ) from None
         (self.path / "recipe.yaml").write_text(recipe.dump(), encoding="utf-8")
         (self.path / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n", encoding="utf-8")

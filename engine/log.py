@@ -1,4 +1,4 @@
-"""What a run tells: means of the step's scalars, speed and time left, for people and for machines.
+"""What a run reports: means of the step's scalars, speed and time left, for people and for machines.
 
 People read lines (a progress bar on a terminal); machines read `metrics.jsonl` and TensorBoard.
 """
@@ -34,7 +34,7 @@ def to_console(is_main: bool) -> None:
 
 
 class Meter:
-    """Sums scalars on the device; the host reads them once per log interval, all in one."""
+    """Sums scalars on the device; the host reads them once per log interval, all at once."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
@@ -56,14 +56,14 @@ class Meter:
         return dict(zip(names, values, strict=True))
 
     def state_dict(self) -> dict[str, Any]:
-        """The sums of all ranks, so that an interval that a checkpoint cuts goes on after a resume."""
+        """The sums of all ranks, so that an interval cut by a checkpoint continues after a resume."""
         if not self._sums:
             return {}
         sums = dist.gather_rows(torch.stack(list(self._sums.values()))[None])  # [ranks, names]
         return {"sums": sums, "counts": self._counts}
 
     def load_state_dict(self, state: dict[str, Any], rank: int) -> None:
-        """Take this rank's sums back."""
+        """Restore this rank's sums."""
         self._counts = dict(state.get("counts", {}))
         mine = state["sums"][min(rank, len(state["sums"]) - 1)] if state else []
         self._sums = dict(zip(self._counts, mine, strict=True))
@@ -81,7 +81,7 @@ class Clock:
         self._rates: list[float] = []
 
     def run(self) -> None:
-        """Training goes on."""
+        """Training continues."""
         self._since = time.perf_counter()
 
     def pause(self) -> None:
@@ -134,7 +134,7 @@ class RunLog:
     Args:
         folder: the run folder.
         rows: where its rows go, one line of JSON each.
-        step: the run goes on after this one.
+        step: the run continues after this one.
     """
 
     def __init__(self, folder: Path, rows: TextIO, horizon: Horizon, step: int) -> None:
@@ -166,7 +166,7 @@ class RunLog:
                 if isinstance(scalar, int | float):
                     self._board.add_scalar(prefix + name, scalar, step)
         except OSError as error:  # a full disk must not cost the run
-            logger.warning(f"metrics of step {step} cannot be written: {error.strerror}; training goes on")
+            logger.warning(f"metrics of step {step} cannot be written: {error.strerror}; training continues")
         line = _line(step, self.horizon, scalars, evaluation)
         if self._bar.disable:
             logger.info(line)

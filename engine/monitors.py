@@ -16,13 +16,13 @@ IMAGES = 128
 
 
 class Monitors:
-    """What a loss does not tell. Names with a "/" are groups in TensorBoard.
+    """What a loss does not show. Names with a "/" are groups in TensorBoard.
 
     | scalar | meaning |
     |---|---|
     | `binary/sign_flips` | share of binary weights whose sign differs from that at the last log |
     | `binary/latent_beyond_one` | share of latent weights outside [-1, 1] |
-    | `binary/dead_channels` | share of input channels with one sign for all images and positions: they tell nothing |
+    | `binary/dead_channels` | share of input channels with one sign for all images and positions: they carry nothing |
     | `binary/saturated_channels` | share that is outside [-1, 1] everywhere: clip-STE passes no gradient |
     | `features/rank` | exp of the entropy of the normalized singular values (RankMe, Garrido et al. 2023, eq. 1) |
     | `outputs/entropy` | mean entropy of `Method.outputs`, in nats |
@@ -90,7 +90,7 @@ class Monitors:
         return {"signs": self._signs}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take them back."""
+        """Restore them."""
         self._signs = state["signs"].to(self._signs.device)
 
 

@@ -19,7 +19,7 @@ def build(config: OptimConfig, module: nn.Module) -> torch.optim.Optimizer:
     LARS's rates).
 
     Raises:
-        RecipeError: `lr_scale` names a part that the method has not, or that does not train.
+        RecipeError: `lr_scale` names a part that the method does not have, or that does not train.
     """
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
     parts = {name.split(".", 1)[0] for name in trained}

@@ -27,7 +27,7 @@ def missing(recipe: Recipe, *, resumes: bool = False) -> list[Problem]:
     """What the recipe names and this machine does not have.
 
     Args:
-        resumes: a run that has a checkpoint needs no `init` any more.
+        resumes: a run that has a checkpoint no longer needs `init`.
     """
     problems = []
     data = recipe.data

@@ -1,4 +1,4 @@
-"""What a result depends on beside its recipe: commit, versions, machine."""
+"""What a result depends on besides its recipe: commit, versions, machine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from loaders import machine
 
 
 def environment() -> dict[str, Any]:
-    """What a result depends on beside its recipe."""
+    """What a result depends on besides its recipe."""
     here = Path(__file__).parent
     return {
         "commit": _git(here, "rev-parse", "HEAD"),
@@ -33,7 +33,7 @@ def environment() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that numbers and pixels depend on."""
+    """Versions of the packages that numbers and pixels depend on."""
     versions = {"torch": str(torch.__version__)}
     for package in ("torchvision", "numpy", "pillow"):
         with contextlib.suppress(metadata.PackageNotFoundError):

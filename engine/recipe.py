@@ -70,7 +70,7 @@ class RunConfig(Strict):
     """Settings of `torch._inductor.config` for the compiled backbones, such as {combo_kernels: true}."""
     kernels: Literal["torch", "fused"] = "torch"
     """`fused`: half-blocks of the binary network in one pass each (`models/halfblock.py`), by Triton on a GPU. Not the
-    default before it was measured on one."""
+    default until it has been measured on one."""
     log_every: PositiveDuration = "50it"
     save_every: PositiveDuration = "10ep"
     keep: int = Field(default=2, ge=1)
@@ -85,13 +85,13 @@ class RunConfig(Strict):
     @model_validator(mode="after")
     def _options_of_the_compiler(self) -> RunConfig:
         if self.compile_options and not self.compile:
-            raise ValueError("compile_options: expected compile: true beside it")
+            raise ValueError("compile_options: expected compile: true with it")
         if self.compile_options:
             import torch._inductor  # takes a second
 
             for name in set(self.compile_options) - set(torch._inductor.list_options()):
                 raise ValueError(
-                    f"compile_options.{name}: no setting of torch._inductor.config of PyTorch {torch.__version__}"
+                    f"compile_options.{name}: not a setting of torch._inductor.config in PyTorch {torch.__version__}"
                 )
         return self
 
@@ -209,7 +209,7 @@ def resolve(content: dict[str, Any], path: Path) -> Recipe:
 
 
 def _decide(data: dict[str, Any], run: dict[str, Any]) -> None:
-    """Put what this machine does best in the place of `auto`."""
+    """Put what this machine does best in place of `auto`."""
     on_gpu = run.get("device", "auto") != "cpu" and torch.cuda.is_available()
     if data["backend"] == loaders.AUTO:
         train = data.get("train")

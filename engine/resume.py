@@ -37,7 +37,7 @@ def newest_checkpoint(recipe: Recipe, *, resume: bool) -> Path | None:
     for path in damaged:
         logger.warning(f"{path}: damaged (content does not match the hash in its name); skipped")
     if newest is None:
-        raise CheckpointError(f"{folder}: every checkpoint is damaged; remove them to start anew")
+        raise CheckpointError(f"{folder}: every checkpoint is damaged; remove them to start over")
     return newest
 
 

@@ -1,4 +1,4 @@
-"""Every scalar that changes in time, as a pure function of the optimizer step; and durations in a recipe."""
+"""Every scalar that changes over time, as a pure function of the optimizer step; and durations in a recipe."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def due(step: int, every: str, horizon: Horizon) -> bool:
 
 
 class Schedule(Strict):
-    """A scalar in time. In a recipe a plain number stands for `{shape: constant, start: number}`."""
+    """A scalar over time. In a recipe a plain number stands for `{shape: constant, start: number}`."""
 
     shape: Literal["constant", "cosine", "linear", "step", "switch"] = "constant"
     start: float = Field(ge=0)

@@ -31,7 +31,7 @@ class _StrictLoader(yaml.SafeLoader):
             key = self.construct_object(key_node, deep=True)
             line = key_node.start_mark.line + 1
             if not isinstance(key, str):
-                raise RecipeError(f"line {line}: key {key!r} is not a word")
+                raise RecipeError(f"line {line}: key {key!r} is not a string")
             if key in seen:
                 raise RecipeError(f"line {line}: duplicate key {key!r}")
             seen.add(key)

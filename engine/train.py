@@ -1,4 +1,4 @@
-"""The training loop. `Trainer.step` is all that happens in a step, in order; `Trainer.fit` all that happens around."""
+"""The training loop. `Trainer.step` is all that happens in a step, in order; `Trainer.fit` is what surrounds it."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ class Trainer:
         self.method.train()
         self.trained = [p for p in self.method.parameters() if p.requires_grad]
         self.values = {name: torch.zeros((), device=world.device) for name in recipe.method.schedules}
-        self._guarded = self.steps_done > 0  # a run that has passed once may go on, whatever became of it
+        self._guarded = self.steps_done > 0  # a run that has passed once may continue, whatever became of it
 
     # -------------------------------------------------------------------------------------------- the step
 
@@ -210,8 +210,8 @@ class Trainer:
         Raises:
             NotFinite: on all ranks at the same step, before anything is saved.
             Untrained: the guard of the first step.
-            Stopped: a signal came; all ranks saved the same step.
-            NotSaved: the disk refused the last checkpoint, or that of a signal.
+            Stopped: a signal arrived; all ranks saved the same step.
+            NotSaved: the disk refused the last checkpoint, or the one saved on a signal.
             FolderError: the run folder cannot be written, or another process is running there.
         """
         recipe, horizon = self.recipe, self.horizon
@@ -357,7 +357,7 @@ class Trainer:
                 self.load_state_dict(state)
                 if state["versions"] != versions():
                     logger.warning(
-                        f"{path} was written with {state['versions']}, here are {versions()}: numbers may differ"
+                        f"{path} was written with {state['versions']}, this is {versions()}: numbers may differ"
                     )
                 logger.info(f"resumed {path} at step {self.steps_done}")
 
@@ -399,7 +399,7 @@ class Trainer:
         if problem and must:
             raise NotSaved(problem)
         if problem and self.world.is_main:
-            logger.warning(f"{problem}; training goes on")
+            logger.warning(f"{problem}; training continues")
 
 
 def run(recipe: Recipe, *, resume: bool = False, allow_changes: bool = False) -> None:

@@ -1,6 +1,6 @@
 """The `.beton` file of FFCV (format 2): read and written here, without FFCV.
 
-Layout (FFCV 1.0.2, `ffcv/types.py`): a header, a description of each field, one fixed-size record a sample, pages of
+Layout (FFCV 1.0.2, `ffcv/types.py`): a header, a description of each field, one fixed-size record per sample, pages of
 image bytes, and at the end a table of (sample, place, size). FFCV itself reads what is written here. Beside a file
 lies its manifest, `<name>.beton.json`: what it was made from and a checksum of every page.
 """
@@ -140,12 +140,12 @@ def _manifest(path: Path, size: int) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
-            f"{beside}: is not the manifest of a .beton file: {error!r}; remove it or write both anew"
+            f"{beside}: is not the manifest of a .beton file: {error!r}; remove it or write both again"
         ) from None
     if expected != size or digest != _records_digest(path, manifest):
         raise DataError(
             f"{path}: is not the file that {beside.name} describes ({size:,} bytes, expected {expected:,}, or other "
-            "records); write it anew with tools/convert_imagenet_to_ffcv.py"
+            "records); write it again with tools/convert_imagenet_to_ffcv.py"
         )
     return {**manifest, "classes": classes}
 
@@ -183,7 +183,7 @@ def write(path: Path, samples: Iterable[Sample], *, at_most: int, page_size: int
     """Write a file and its manifest, aside and then renamed: what has the name is whole.
 
     Args:
-        at_most: room is made for the records of so many samples.
+        at_most: room is made for the records of this many samples.
         page_size: bytes; a sample lies in one page. Between `PAGE_SIZES`.
         facts: further entries of the manifest, `classes` among them.
 

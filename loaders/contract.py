@@ -38,15 +38,15 @@ class Order:
     positions: Iterable[list[int]]
     """The positions of each batch; need not end."""
     replace: bool
-    """Put the successor in the stream in the place of an image that cannot be decoded; otherwise leave it out."""
+    """Put the successor in the stream in place of an image that cannot be decoded; otherwise leave it out."""
     workers: int
-    """Threads or processes that may decode; 0 asks for none beside this one, where that is possible."""
+    """Threads or processes that may decode; 0 asks for none besides this one, where that is possible."""
     device: torch.device
     """Where the crops will be used; those of a back end that decodes on the host stay there."""
 
 
 class Options(Strict):
-    """Base of the back ends' own classes: `data.options`, and what the project asks a back end."""
+    """Base of the back ends' own classes: `data.options`, and what the project asks of a back end."""
 
     reads_files: ClassVar[bool] = True
     """Whether its images are those that `data.train` names, so that all such back ends can stand in for each other."""

@@ -1,7 +1,7 @@
 """Back end `dali`: NVIDIA DALI reads, decodes once and cuts every view; on a CPU, or on a GPU with `mixed` decoding.
 
 Our sampler's order and windows are fed to it batch by batch, so it has no reader, shuffling or random state of
-its own. An image that DALI cannot decode is decoded, or replaced, on the host like in the `folder` back end.
+its own. An image that DALI cannot decode is decoded, or replaced, on the host as in the `folder` back end.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from loaders.index import Index
 from loaders.sampler import Plan, Stream
 
 # Formats (as Pillow names them) that DALI is given. Others are decoded on the host: DALI 2.4 does not always survive
-# an unknown one, it was seen to end the process at a GIF.
+# an unknown one, a GIF was seen to end the process.
 _FORMATS = [b"JPEG", b"MPO", b"PNG", b"BMP", b"TIFF", b"PPM", b"WEBP"]
 
 
@@ -190,7 +190,7 @@ class _Batches:
             }
             shape = fn.peek_image_shape(content, adjust_orientation=False)  # height, width, channels
             # Only what the windows can see is decoded. The limits are for an image that has shrunk since it was
-            # indexed: DALI would read past its end. What comes of it is discarded by `_take`.
+            # indexed: DALI would read past its end. `_take` discards the result.
             sides = fn.cast(shape[:2], dtype=types.INT32)
             first = math.min(fn.external_source(name="start", dtype=types.INT32, ndim=1), sides - 1)
             last = math.max(math.min(fn.external_source(name="end", dtype=types.INT32, ndim=1), sides), first + 1)

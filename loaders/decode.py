@@ -23,7 +23,7 @@ def decode(content: bytes, width: int, height: int) -> Tensor:
     """Decode an image as RGB, uint8 [3, height, width]. An EXIF orientation is not applied, as in the reference.
 
     Raises:
-        BadImage: it cannot be decoded, or has another size than expected.
+        BadImage: it cannot be decoded, or is not of the expected size.
     """
     # The size is read again before anything of that size is allocated: the file may be another one by now.
     try:
@@ -73,7 +73,7 @@ class Frame(NamedTuple):
 
 
 def jpeg_frame(content: bytes) -> Frame | None:
-    """The frame header of a JPEG; None if it is no JPEG, or an odd one."""
+    """The frame header of a JPEG; None if it is not a JPEG, or an odd one."""
     if content[:2] != b"\xff\xd8":
         return None
     at = 2
@@ -101,7 +101,7 @@ class Header(NamedTuple):
 
     @classmethod
     def unusable(cls, problem: str) -> Header:
-        """The header of something that is no image."""
+        """The header of something that is not an image."""
         return cls(1, 1, "", problem)
 
 

@@ -1,6 +1,6 @@
 """Back end `ffcv`: one memory-mapped `.beton` file, JPEG or raw pixels, in FFCV's format.
 
-Only the format is FFCV's. Its Loader draws crops from a generator that no seed reaches, compiles anew for every
+Only the format is FFCV's. Its Loader draws crops from a generator that no seed reaches, recompiles for every
 loader and hangs when one of its threads fails, so our own core takes its place: same order, windows and pixels as
 every other back end, first batch at once. Without the compiled core each image is cut on the host, as in `folder`.
 """

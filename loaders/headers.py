@@ -141,7 +141,7 @@ def _read(path: Path) -> Arrays | None:
         with np.load(path, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return None  # absent or damaged: it is made anew
+        return None  # absent or damaged: it is made again
 
 
 def _write(path: Path, arrays: Arrays) -> None:

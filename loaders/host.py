@@ -1,5 +1,5 @@
 """Images decoded and cut one by one on the host: what the `folder` back end does, and what every other back end falls
-back to for an image that it cannot do itself."""
+back to for an image that it cannot handle itself."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ class Pieces(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Index:
-    """Everything known of a data set without decoding it. Rows are sorted by class name, then path; those of a list,
+    """Everything known about a data set without decoding it. Rows are sorted by class name, then path; those of a list,
     of shards and of a `.beton` keep the order they have there."""
 
     root: Path

@@ -47,7 +47,7 @@ def load(backend: str) -> ModuleType:
 
 
 def choose(on_gpu: bool, root: Path | None) -> str:
-    """The back end that `data.backend: auto` stands for on this machine.
+    """The back end that `data.backend: auto` means on this machine.
 
     Args:
         on_gpu: whether a GPU trains.
@@ -164,7 +164,7 @@ class Batch(NamedTuple):
     """One micro-batch, ready for the network."""
 
     views: list[Tensor]  # V x float32 [B, 3, size, size], normalized, channels_last, on the device; neighboring
-    # views of one size lie behind each other in memory
+    # views of one size are adjacent in memory
     label: Tensor  # int64 [B], on the device
     rows: Tensor  # int64 [B], rows of the index, on the host
 
@@ -195,7 +195,7 @@ class Loader:
             if self._stops:
                 path, reason = batch.bad[0]
                 raise DataError(
-                    f"{path}: {reason}; remove or repair it, or set data.on_bad_image=replace to go on without it"
+                    f"{path}: {reason}; remove or repair it, or set data.on_bad_image=replace to continue without it"
                 )
             self.bad.update(batch.bad)
         batch = self._on_device(batch)
@@ -222,7 +222,7 @@ class Loader:
         return batch._replace(crops=crops, color=color, label=label)
 
     def _to_device(self, tensor: Tensor) -> Tensor:
-        # Only a copy from pinned memory leaves the host free to go on.
+        # Only a copy from pinned memory leaves the host free to continue.
         if self._device.type == "cuda" and not tensor.is_cuda and not tensor.is_pinned():
             tensor = tensor.pin_memory()
         return tensor.to(self._device, non_blocking=True)

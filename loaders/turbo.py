@@ -64,7 +64,7 @@ def _load() -> tuple[Any, str]:
     except OSError as error:
         return None, f"the compiled core cannot be loaded ({error}); {HOW_TO_BUILD}"
     if library.turbo_abi() != _ABI:
-        return None, "the compiled core is of another version; run `pip install --editable .` again"
+        return None, "the compiled core is from another version; run `pip install --editable .` again"
     library.turbo_workspace.restype = ctypes.c_void_p
     library.turbo_free.argtypes = [ctypes.c_void_p]
     library.turbo_run.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
@@ -239,7 +239,7 @@ class _Batch:
             return self._job
 
     def done(self) -> HostBatch:
-        """Wait for it; what the core gave up is done, or found bad, by the host."""
+        """Wait for it; what the core gave up on is done, or found bad, by the host."""
         for future in self.running:
             future.result()
         assert self._job is not None

@@ -1,7 +1,7 @@
 """Back end `turbo`: our own compiled core over libjpeg-turbo, for machines that decode on the CPU.
 
 It decodes the union of all windows once and cuts every view from it; see `turbo.c`. Images that are not JPEG, and
-those that the core gives up, are done on the host like in the `folder` back end.
+those that the core gives up on, are done on the host as in the `folder` back end.
 """
 
 from __future__ import annotations

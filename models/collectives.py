@@ -1,4 +1,4 @@
-"""Collectives that are part of the maths of a method. Each is the identity when there is one process."""
+"""Collectives that are part of the math of a method. Each is the identity when there is one process."""
 
 from __future__ import annotations
 

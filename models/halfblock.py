@@ -3,7 +3,7 @@
     u = (c - mean) · rstd · γ + β + residual + shift_in,   h = PReLU(u) + shift_out,   s = sign(h + threshold)
 
 The residual is the stream itself, its 2x2 average (stride 2), or the stream twice (doubling). For the backward pass
-only c and the stream are kept: u, h and the mask of the sign's estimator are made again from them, which BatchNorm's
+only c and the stream are kept: u, h and the mask of the sign's estimator are recomputed from them, which BatchNorm's
 backward reads anyway. The formulas are written once in PyTorch, for the CPU and as what the Triton kernels
 (`models/halfblock_triton.py`) are tested against; a tensor's device decides which of both runs.
 
@@ -148,7 +148,7 @@ def apply(c: Tensor, stream: Tensor, vectors: list[Tensor], residual: str, has_s
     scale, shift, slope, shift_out, threshold = vectors
     u = pre_activation(c, stream, scale, shift, residual)
     h = (torch.where(u > 0, u, u * per_channel(slope)) + per_channel(shift_out)).to(c.dtype)
-    # The sign of the rounded h, so that forward and backward agree to the bit.
+    # The sign of the rounded h, so that forward and backward agree bit for bit.
     s = (at_least_float32(h) + per_channel(threshold)).sign().to(c.dtype) if has_sign else c.new_empty(0)
     return h, s
 

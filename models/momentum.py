@@ -69,7 +69,7 @@ class Contrast(nn.Module):
 
     @torch.no_grad()
     def after_step(self, backbone: nn.Module, head: nn.Module, momentum: float) -> None:
-        """Move the key encoder's parameters towards the query's, then put this step's keys into the queue."""
+        """Move the key encoder's parameters toward the query's, then put this step's keys into the queue."""
         update_average(self.key_backbone, backbone, momentum)
         update_average(self.key_head, head, momentum)
         size = self.queue.shape[1]

@@ -1,4 +1,4 @@
-"""Which numbers are computed in which precision, and by whom."""
+"""Which numbers are computed in which precision, and by what."""
 
 from __future__ import annotations
 

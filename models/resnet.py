@@ -42,7 +42,7 @@ class ResNet(Backbone):
             net.maxpool = nn.Identity()
         for name in ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"):
             self.add_module(name, getattr(net, name))
-        self._folded: list[ResNet] = []  # in a list, so that it is no child and not in the state
+        self._folded: list[ResNet] = []  # in a list, so that it is not a child and not in the state
         self._folded_from: Any = None
 
     def train(self, mode: bool = True) -> ResNet:

@@ -57,7 +57,7 @@ def read(path: Path) -> dict[str, State]:
     """Read a weight file into parts (see the table above).
 
     Raises:
-        WeightsError: the file is missing, is no weight file, would run code, or has an unknown layout.
+        WeightsError: the file is missing, is not a weight file, would run code, or has an unknown layout.
     """
     return split(read_file(path), path)
 

@@ -34,7 +34,7 @@ def rows(recipe: Recipe) -> list[dict[str, Any]]:
 
 
 def differences(a: Any, b: Any, path: str = "") -> list[str]:
-    """Where two nested states are not equal to the bit."""
+    """Where two nested states are not bit-identical."""
     if isinstance(a, torch.Tensor):
         same = isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
         return [] if same else [path]
@@ -50,7 +50,7 @@ def differences(a: Any, b: Any, path: str = "") -> list[str]:
 
 
 def assert_same_run(a: Recipe, b: Recipe) -> None:
-    """Weights, buffers, optimizer and metrics of two finished runs are equal to the bit."""
+    """Weights, buffers, optimizer and metrics of two finished runs are bit-identical."""
     one, two = last_state(a), last_state(b)
     for key in ("step", "method", "optimizer", "scaler", "meter", "bad_images"):
         assert differences(one[key], two[key], key) == []

@@ -119,7 +119,7 @@ def test_branch_free_path_of_gpus_equals_the_selecting_one():
     assert branch_free.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_normalisation_and_layout():
+def test_normalization_and_layout():
     pixels = images(4)
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     got = augment_batch(pixels, identity(4), [VIEW], mean, std, alone=True)

@@ -1,4 +1,4 @@
-"""Tables of methods: what they refuse, what they plan, and one that runs, fails in a row, stops and goes on."""
+"""Tables of methods: what they refuse, what they plan, and one that runs, fails in one row, stops and continues."""
 
 import itertools
 import json
@@ -94,7 +94,7 @@ def compare(*arguments, **options):
 
 
 @pytest.mark.slow
-def test_a_table_runs_fails_in_a_row_and_goes_on(tmp_path):
+def test_a_table_runs_fails_in_one_row_and_continues(tmp_path):
     quick = str(ROOT / "recipes/quick/supervised.yaml")
     few = ["method.num_classes=4", "run.log_every=1it"]
     rows = [
@@ -113,7 +113,7 @@ def test_a_table_runs_fails_in_a_row_and_goes_on(tmp_path):
     assert result["images"] == 2 * 32 and 0 <= result["linear"] <= 100 and len(result["recipes"]) == 3
     assert result["monitors"]["binary/sign_flips"] >= 0
     assert (tmp_path / "out/table.png").stat().st_size > 10_000 and "64.10" in (tmp_path / "out/table.md").read_text()
-    # Again, without the bad row: nothing runs anew, the numbers are the same.
+    # Again, without the bad row: nothing runs twice, the numbers are the same.
     again = compare(*arguments, "--only", "good")
     text, _ = again.communicate(timeout=PATIENCE)
     assert again.returncode == 0 and "(1 of 3)" not in text, text
@@ -121,7 +121,7 @@ def test_a_table_runs_fails_in_a_row_and_goes_on(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_stopped_table_is_saved_and_goes_on(tmp_path):
+def test_a_stopped_table_is_saved_and_continues(tmp_path):
     few = ["method.num_classes=4", "run.log_every=1it", "run.save_every=1000it"]
     rows = [{"name": "long", "stages": [str(ROOT / "recipes/quick/supervised.yaml")], "overrides": few}]
     path = write(tmp_path / "t.yaml", rows=rows)

@@ -1,6 +1,6 @@
-"""Losses of 100 steps in float64 against committed ones: a change that should not change the maths must not.
+"""Losses of 100 steps in float64 against committed ones: a change that should not change the math must not.
 
-    python -m pytest tests/test_golden.py --update-golden        writes them anew, for a change that should
+    python -m pytest tests/test_golden.py --update-golden        rewrites them, for a change that should
 
 float64, because a binary network turns the rounding differences of two processors into flipped signs. Two runs on one
 machine must be bit-identical in float32 too: reliability.md 5.

@@ -243,7 +243,7 @@ def test_file_that_vanishes_or_changes_is_replaced(backend, tmp_path):
 
 
 @pytest.mark.parametrize("backend", FILES)
-def test_nothing_decodable_is_an_error_and_no_endless_loop(backend, tmp_path):
+def test_nothing_decodable_is_an_error_and_not_an_endless_loop(backend, tmp_path):
     root = write_tree(tmp_path / "data", count=8, classes=2)
     for path in root.glob("*/*.jpg"):
         path.write_bytes(b"no image")

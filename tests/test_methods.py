@@ -384,7 +384,7 @@ def test_lars_skips_a_step_that_overflowed(name):
     assert torch.allclose(module.matrix, plain.matrix) and optimizer._step_supports_amp_scaling
 
 
-def test_lars_leaves_alone_what_is_no_matrix(tmp_path):
+def test_lars_leaves_alone_what_is_not_a_matrix(tmp_path):
     # The regular expression of the release misses the PReLU slopes and the affines of the doubling blocks.
     trainer = trainer_of(tiny("byol.yaml", tmp_path, *full_depth("byol.yaml")))
     scaled = {id(p) for group in trainer.optimizer.param_groups if group["decayed"] for p in group["params"]}

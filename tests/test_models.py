@@ -94,7 +94,7 @@ def test_cost_at_224():
     assert cost.count(meta(Config(weights="real")), 224).binary_macs == 0
 
 
-def test_initialisation():
+def test_initialization():
     net = ReActNet(Config(width=16))
     conv = net.blocks[6].conv3x3.weight
     assert abs(conv.std().item() / (2 / (256 * 9)) ** 0.5 - 1) < 0.02

@@ -321,7 +321,7 @@ def test_ffcv_wants_a_beton(tree):
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_training_from_a_beton_resumes_to_the_bit(world_size, tree, tmp_path):
+def test_training_from_a_beton_resumes_bit_identically(world_size, tree, tmp_path):
     from tests.processes import run_ranks, train_main
     from tests.runs import assert_same_run
 
@@ -369,7 +369,7 @@ def test_scan_finds_what_is_wrong_and_every_back_end_leaves_it_out(tmp_path, cap
         assert loader.bad == {}
 
 
-def test_a_quarantine_list_that_is_none_is_refused(tree, tmp_path):
+def test_a_file_that_is_not_a_quarantine_list_is_refused(tree, tmp_path):
     path = tmp_path / "list"
     with pytest.raises(DataError, match="cannot be read as a quarantine list"):
         open_at(tree, quarantine=path)

@@ -613,7 +613,7 @@ def test_resume_refuses_what_would_change_the_numbers(tmp_path):
 
 def test_a_run_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(FolderError, match="run.folder: .* cannot be made or written: Not a directory"):
+    with pytest.raises(FolderError, match="run.folder: .* cannot be created or written: Not a directory"):
         run(tiny("quick/burn_stage1.yaml", tmp_path / "file"))
 
 

@@ -103,7 +103,7 @@ def test_resampling_is_pillows_within_one_level(interpolation, tmp_path):
 
 
 def test_center_windows_see_what_is_around_them(tmp_path):
-    # Resize of the whole picture and then the centre, as torchvision does it.
+    # Resize of the whole picture and then of the center, as torchvision does it.
     index = index_of(tmp_path, [{"subsampling": "4:4:4"}])
     center = view(64, crop="center", resize=72)
     plan = Stream(index, (center,), 0, shuffled=False).plan([0])

@@ -3,7 +3,7 @@
     python tools/compare.py recipes/tables/fashion.yaml --jobs 2
     python tools/compare.py recipes/tables/imagenet.yaml --launcher "torchrun --nproc_per_node=8"
 
-Stopped at any time (Ctrl-C), it continues where it was when it is started again. It runs nothing that tools/train.py
+Stopped at any time (Ctrl-C), it continues where it left off when started again. It runs nothing that tools/train.py
 could not run one by one: `--plan` prints those commands. Exit codes: 0 done; 1 a run failed, the other rows are done;
 2 bad input; 75 stopped, start it again.
 """
@@ -155,7 +155,7 @@ class ChainError(RuntimeError):
 
 
 def plan(chains: list[Chain], launcher: list[str]) -> str:
-    """The commands, one a line."""
+    """The commands, one per line."""
     start = " ".join(launcher) or "python"
     return "\n".join(
         f"{start} tools/train.py {run.path} {' '.join(map(shlex.quote, run.overrides))} --resume"

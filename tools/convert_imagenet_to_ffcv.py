@@ -5,7 +5,7 @@
     python tools/convert_imagenet_to_ffcv.py --verify data/imagenet/train.beton
 
 The source is anything that `data.train` takes. With --mode jpg an image that is small enough keeps its bytes, so
-nothing is lost; larger ones are resized and encoded. Nothing has the output's name before it is whole. Beside it
+nothing is lost; larger ones are resized and encoded. Nothing has the output's name until it is complete. Beside it
 lies `<out>.json`: count, classes, sizes, options, fingerprint of the source and a checksum of every page.
 """
 
@@ -89,7 +89,7 @@ def in_order(pool: ThreadPoolExecutor, encoder: Encoder, rows: Iterable[int], ah
 
 
 def convert(options: argparse.Namespace) -> int:
-    """Write the file; what it left out is named. Returns the number of images."""
+    """Write the file and name what it left out. Returns the number of images."""
     source, out = Path(options.source), Path(options.out)
     quarantine = Path(options.quarantine) if options.quarantine else None
     index = open_index(source, max_pixels=options.max_pixels, quarantine=quarantine)
@@ -102,7 +102,7 @@ def convert(options: argparse.Namespace) -> int:
             if isinstance(result, beton.Sample):
                 yield result
             elif options.on_bad_image == "stop":
-                raise DataError(f"{index.path(row)}: {result}; repair it, or leave such out with --on-bad-image skip")
+                raise DataError(f"{index.path(row)}: {result}; repair it, or leave it out with --on-bad-image skip")
             else:
                 left_out.append({"path": index.path(row), "reason": str(result)})
 
@@ -165,7 +165,7 @@ def main() -> int:
         "--max-side", type=int, default=500, help="longer images are resized; 0 keeps all (%(default)s)"
     )
     parser.add_argument("--quality", type=int, default=90, help="of images that are encoded (%(default)s)")
-    parser.add_argument("--reencode", action="store_true", help="encode also what could keep its bytes")
+    parser.add_argument("--reencode", action="store_true", help="also encode images that could keep their bytes")
     parser.add_argument("--raw-share", type=float, default=0.5, help="mixed: share of raw images (%(default)s)")
     parser.add_argument("--smart-kib", type=int, default=360, help="smart: raw up to this size (%(default)s)")
     parser.add_argument("--on-bad-image", choices=["stop", "skip"], default="stop")
@@ -173,7 +173,7 @@ def main() -> int:
     parser.add_argument("--max-pixels", type=int, default=100_000_000, help="larger images count as bad (%(default)s)")
     parser.add_argument("--page-mib", type=int, default=8, help="page size; an image lies in one (%(default)s)")
     parser.add_argument("--workers", type=int, default=machine.cores(), help="threads (%(default)s)")
-    parser.add_argument("--limit", type=int, help="only the first so many images")
+    parser.add_argument("--limit", type=int, help="only this many images, from the first")
     options = parser.parse_args()
     if options.verify is None and (options.source is None or options.out is None):
         parser.error("expected a source and an output, or --verify")

@@ -2,7 +2,7 @@
 
     python tools/demo.py                     # scikit-learn's digits, minutes on two CPU cores
 
-Started again, it continues where it was stopped. It runs the recipes moco, burn_stage1, burn_stage2 and linear of
+Started again, it continues where it left off. It runs the recipes moco, burn_stage1, burn_stage2 and linear of
 recipes/quick/, and nothing that `tools/train.py` could not run one by one. All methods side by side: tools/compare.py.
 """
 

@@ -1,4 +1,4 @@
-"""Say what works on this machine, what is missing and the line that mends it, and whether the loader keeps up.
+"""Say what works on this machine, what is missing and the line that fixes it, and whether the loader keeps up.
 
     python tools/doctor.py                                   # the machine
     python tools/doctor.py recipes/burn_stage1.yaml data.train=/data/imagenet/train    # and a recipe on it
@@ -55,7 +55,7 @@ def facts() -> Iterator[tuple[str, str]]:
 
 
 def back_ends() -> Iterator[tuple[str, str]]:
-    """(back end, how it works here or the line that mends it)."""
+    """(back end, how it works here or the line that fixes it)."""
     for name in loaders.backends():
         options = loaders.load(name).Options
         reason = options.missing()

@@ -109,7 +109,7 @@ def main() -> int:
     parser.add_argument("data", type=Path, help="anything that data.train takes")
     parser.add_argument("--report", type=Path, help="folder for report.json and quarantine.jsonl")
     parser.add_argument("--max-pixels", type=int, default=100_000_000, help="larger images are unusable (%(default)s)")
-    parser.add_argument("--no-duplicates", action="store_true", help="do not look for files of equal bytes")
+    parser.add_argument("--no-duplicates", action="store_true", help="do not look for files with equal bytes")
     parser.add_argument("--workers", type=int, default=machine.cores(), help="threads (%(default)s)")
     arguments = parser.parse_args()
     try:

@@ -1,9 +1,9 @@
-"""Draw the augmented views of a recipe, every back end of this machine beside each other, with their differences.
+"""Draw the augmented views of a recipe, all back ends of this machine side by side, with their differences.
 
     python tools/show_views.py recipes/burn_stage1.yaml data.train=data/photos/train --out views.png
 
 Rows are images. For each view the first back end's pixels come first, then the others', then their difference from
-the first, eight times enlarged (gray is none).
+the first, amplified eight times (gray means none).
 """
 
 import argparse

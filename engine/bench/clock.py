@@ -1,4 +1,4 @@
-"""Clocks: candidates interleaved, phases of a step, CPU time of all processes, and how measurements are summed up."""
+"""Clocks: candidates interleaved, phases of a step, CPU time of all processes, and how measurements are summarized."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-WARM_UP = 6  # batches, more than any back end prefetches per worker and enough for its first ones to be over
+WARM_UP = 6  # batches, more than any back end prefetches per worker and enough to get past its first ones
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -36,7 +36,7 @@ class Speed:
 
 
 def interleave(candidates: Sequence[Candidate], *, batch: int, batches: int, rounds: int) -> dict[str, Speed]:
-    """Time candidates in turn (A B C A B C): each is opened anew for each round, runs until what it had prefetched is
+    """Time candidates in turn (A B C A B C): each is reopened for each round, runs until what it had prefetched is
     used up, and is then timed at its steady pace.
 
     Args:

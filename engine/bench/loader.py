@@ -48,7 +48,7 @@ class Floor:
 
 
 def decode_floor(index: Index, batch: int, threads: int, seed: int) -> Candidate:
-    """The decode floor over the data set's own order of training."""
+    """The decode floor over the data set, in its training order."""
 
     def rows() -> Iterator[list[int]]:
         stream = Stream(index, (), seed)
@@ -59,7 +59,7 @@ def decode_floor(index: Index, batch: int, threads: int, seed: int) -> Candidate
 
 
 def crops_of(backend: str, index: Index, views: Sequence[View], batch: int, threads: int, seed: int) -> Candidate:
-    """A back end alone: uint8 crops on the host, nothing after."""
+    """A back end alone: uint8 crops on the host, nothing after that."""
     options = loaders.load(backend).Options()
 
     def open_backend() -> Iterator[HostBatch]:

@@ -86,14 +86,14 @@ class Running:
 
 
 def images_per_second(recipe: Recipe, world: World, *, warm_up: int, steps: int) -> float:
-    """Speed of a recipe's step as it stands, all ranks together, on batches that stay on the device."""
+    """Speed of a recipe's step, unchanged, all ranks together, on batches that stay on the device."""
     running = Running(Variant("as it stands", "", recipe), world)
     running.run(warm_up)
     return 1000 * recipe.data.batch_size / median(sum(step.values()) for step in running.run(steps))
 
 
 def saved_bytes(trainer: Trainer, batch: Batch) -> int:
-    """Bytes that one forward pass keeps for the backward, beside parameters and images."""
+    """Bytes that one forward pass keeps for the backward, besides parameters and images."""
     views = trainer.inputs(batch)
     given = (*trainer.method.parameters(), *trainer.method.buffers(), *views)
     there = {tensor.untyped_storage().data_ptr() for tensor in given}
@@ -130,7 +130,7 @@ class Timing:
     what: str
     step_ms: dict[str, float]
     noise: float
-    """What two halves of its steps differ by, as a share; a gain below it is none."""
+    """What two halves of its steps differ by, as a share; a gain below it does not count."""
     images_per_second: float
     times_reference: list[float] | None
     """Speed over the reference's, one ratio for each round in which both ran one after the other; None where the noise
@@ -184,10 +184,10 @@ def measure(recipe: Recipe, mode: str, *, steps: int = 8, rounds: int = 4, warm_
         mode: `step` on batches that stay on the device, `train` with the recipe's own loader too.
         steps: of each variant in each round.
         rounds: of all variants.
-        warm_up: steps of each variant before, in which it is compiled.
+        warm_up: steps of each variant before timing, in which it is compiled.
 
     Raises:
-        NotEqual: a variant computes something else than the reference.
+        NotEqual: a variant computes something other than the reference.
     """
     world = dist.start(recipe.run.device, recipe.run.timeout_seconds)
     try:
@@ -253,7 +253,7 @@ def _warm_up(variant: Variant, world: World, steps: int) -> tuple[Running, dict[
         "saved_bytes_per_image": saved_bytes(running.trainer, next(running.resident)) / variant.recipe.data.micro_batch,
     }
     watch(running.trainer, running.phases)
-    running.run(1)  # wrapped parts are compiled anew where a guard says so
+    running.run(1)  # wrapped parts are recompiled where a guard says so
     return running, numbers
 
 
@@ -328,7 +328,7 @@ def _with_loader(recipe: Recipe, one: Running, world: World, steps: int, rounds:
 
 
 def verdict(measured: WithLoader) -> str:
-    """What to make faster: the loader, its hand-over, or the computation."""
+    """What to make faster: the loader, the transfer of its batches, or the computation."""
     speed = measured.images_per_second
     if measured.with_loader_over_resident >= 0.97:
         return f"compute-bound: the loader could feed {speed['loader_alone'] / speed['resident']:.2f} times as much"

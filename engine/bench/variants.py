@@ -1,7 +1,7 @@
 """The ways to run a recipe's step that are timed beside each other, and the gate: no speed without equality.
 
 Every variant is a `Trainer` of the same recipe with other machinery; nothing here computes a step of its own. The
-first, `reference`, does what the authors' set-up does and is what speed-ups are quoted against.
+first, `reference`, does what the authors' setup does and is what speed-ups are quoted against.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def variants(recipe: Recipe, device: torch.device) -> list[Variant]:
     found = [
         Variant(
             "reference",
-            "the authors' set-up: NCHW, float32 shifts in the stream, one kernel per operator and parameter, "
+            "the authors' setup: NCHW, float32 shifts in the stream, one kernel per operator and parameter, "
             "a host wait in each step",
             changed(compile=False, channels_last=False, kernels="torch"),
             is_reference=True,

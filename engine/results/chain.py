@@ -26,7 +26,7 @@ class Run(NamedTuple):
         return recipes.load(self.path, self.overrides)
 
     def is_done(self) -> bool:
-        """Whether it has reached its end with this very recipe."""
+        """Whether it has reached its end with exactly this recipe."""
         recipe = self.recipe()
         kept = recipe.folder / "recipe.yaml"
         if not kept.exists() or kept.read_text(encoding="utf-8") != recipe.dump():

@@ -47,7 +47,7 @@ class Table(Strict):
     """The linear evaluation of every row."""
     layer: Literal["pooled", "features"] = "pooled"
     """What it looks at: the pooled map, which every network has and S2-BNN probes, or the network's features, which
-    with `pooled_mlp` lie behind one more layer and its ReLU and are not comparable with those of a network without."""
+    with `pooled_mlp` come after one more layer and its ReLU and are not comparable with those of a network without."""
     knn: EvalConfig = EvalConfig(kind="knn", every="100%")
     rows: tuple[Row, ...] = Field(min_length=1)
 

@@ -1,7 +1,7 @@
-"""Where images come from: one file for each kind of source, found by itself.
+"""Where images come from: one file for each kind of source, found automatically.
 
 A file here has `claims(root) -> bool`, whether a path is of its kind, and `open_index(root, max_pixels) -> Index`,
-which raises `DataError` where it is not laid out as expected. What none of them claims is taken for class folders.
+which raises `DataError` where it is not laid out as expected. What none of them claims is treated as class folders.
 """
 
 from __future__ import annotations

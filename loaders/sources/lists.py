@@ -20,7 +20,7 @@ def claims(root: Path) -> bool:
 
 
 def open_index(root: Path, max_pixels: int) -> Index:
-    """Images keep the list's order. Integers are labels as they stand, words are names of classes."""
+    """Images keep the list's order. Integers are used as labels unchanged, words are names of classes."""
     try:
         lines = root.read_bytes().splitlines()
     except OSError as error:
@@ -51,7 +51,7 @@ def number_classes(words: Sequence[str]) -> tuple[list[str], list[int]]:
     """Class names and the position of each word among them; integers from 0 keep their value.
 
     Raises:
-        DataError: an integer that is no plausible label.
+        DataError: an integer that is not a plausible label.
     """
     if all(word.isdecimal() for word in words):
         last = max(map(int, words))

@@ -1,7 +1,7 @@
 """The contract of a training method, and how a recipe's `method.name` finds its file.
 
 A file `models/methods/<name>.py` with a `Config(MethodConfig)`, whose `build` gives its `Method`, is all that a new
-method is; recipes find it by its file name.
+method needs; recipes find it by its file name.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class MethodConfig(Strict):
     takes_more_views: ClassVar[bool] = False
     """Whether further views are welcome, as in multi-crop."""
     schedules: ClassVar[tuple[str, ...]] = ()
-    """Scalars from 0 to 1 beside `lr` and `weight_decay` that the recipe must schedule; `forward` and the hooks
+    """Scalars from 0 to 1 besides `lr` and `weight_decay` that the recipe must schedule; `forward` and the hooks
     get them. Like `num_views` a property where they depend on keys."""
     name: str
 
@@ -64,7 +64,7 @@ class MethodConfig(Strict):
         Raises:
             ValueError: this method evaluates nothing.
         """
-        raise ValueError(f"method {self.name} is no linear evaluation")
+        raise ValueError(f"method {self.name} is not a linear evaluation")
 
 
 class Method(nn.Module):

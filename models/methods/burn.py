@@ -36,7 +36,7 @@ class Config(MethodConfig):
     student alone (the figure's open lock on the classifier). `none`: a frozen random classifier, what the
     smallest repair of the release gives. `both`: both terms."""
     teacher_bn: Literal["train", "eval"] = "train"
-    """Statistics of the frozen extractor: of each batch, as everything visible of the authors' set-up does,
+    """Statistics of the frozen extractor: of each batch, as everything visible of the authors' setup does,
     or its own running ones (targets independent of the batch)."""
 
     def build(self) -> Burn:

@@ -65,7 +65,7 @@ class Byol(Method):
         return {"loss": one + two, "target_std": unit.std(dim=0, correction=0).mean()}
 
     def after_step(self, values: dict[str, float]) -> None:
-        """Move the target towards the online network."""
+        """Move the target toward the online network."""
         update_average(self.target_backbone, self.backbone, values["momentum"])
         update_average(self.target_head, self.head, values["momentum"])
 

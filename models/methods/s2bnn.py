@@ -1,6 +1,6 @@
 """S2-BNN: a binary student imitates a contrastively trained network (Shen et al., CVPR 2021).
 
-Distillation alone is the paper's best and BURN's row "S2-BNN"; contrast beside it is its first variant.
+Distillation alone is the paper's best and BURN's row "S2-BNN"; adding contrast is its first variant.
 """
 
 from __future__ import annotations

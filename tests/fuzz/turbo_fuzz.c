@@ -1,4 +1,4 @@
-/* Coverage-guided fuzzing of the compiled core, under the address and undefined-behaviour sanitisers:
+/* Coverage-guided fuzzing of the compiled core, under the address and undefined-behavior sanitizers:
 
        make fuzz              # 30 minutes on one core; FUZZ_SECONDS=60 for a short one
 
