@@ -16,7 +16,7 @@ def open_indices(recipe: Recipe, world: World) -> dict[str, Index]:
 
     Raises:
         DataError: they cannot be used, or do not fit the recipe.
-        RankError: on another machine.
+        RankError: on another rank.
     """
     splits = ["train", *(["val"] if recipe.evals else [])]
 

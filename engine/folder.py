@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+from collections.abc import Iterator
+from pathlib import Path
 from typing import TextIO
 
 from engine.errors import FolderError
@@ -23,34 +25,44 @@ class RunFolder:
 
     def __init__(self, recipe: Recipe) -> None:
         self.path = recipe.folder
-        try:
+        with _written(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.path / ".lock", "w")
-        except OSError as error:
-            raise FolderError(f"run.folder: {self.path} cannot be created or written: {error.strerror}") from None
         try:
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, workers do not inherit it
         except OSError:
+            self._lock.close()
             raise FolderError(
                 f"{self.path}: another process is running here; wait for it or give this run another name"
             ) from None
-        (self.path / "recipe.yaml").write_text(recipe.dump(), encoding="utf-8")
-        (self.path / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n", encoding="utf-8")
+        try:
+            with _written(self.path):
+                (self.path / "recipe.yaml").write_text(recipe.dump(), encoding="utf-8")
+                text = json.dumps(environment(), indent=2) + "\n"
+                (self.path / "environment.json").write_text(text, encoding="utf-8")
+        except FolderError:
+            self._lock.close()
+            raise
 
     def open_rows(self, step: int) -> TextIO:
-        """`metrics.jsonl`, to be appended to; rows after `step`, of a run that was killed, are dropped."""
+        """`metrics.jsonl`, to be appended to; rows after `step`, of a run that was killed, are dropped.
+
+        Raises:
+            FolderError: it cannot be read or written.
+        """
         path = self.path / "metrics.jsonl"
         kept = []
-        if step and path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    if json.loads(line)["step"] <= step:
-                        kept.append(line)
-                except (ValueError, KeyError):
-                    pass  # the last line of a run that was killed while writing it
-        with aside(path) as out:
-            out.part.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        return open(path, "a", encoding="utf-8")
+        with _written(self.path):
+            if step and path.exists():
+                for line in path.read_text(encoding="utf-8").splitlines():
+                    try:
+                        if json.loads(line)["step"] <= step:
+                            kept.append(line)
+                    except (ValueError, KeyError):
+                        pass  # the last line of a run that was killed while writing it
+            with aside(path) as out:
+                out.part.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            return open(path, "a", encoding="utf-8")
 
     def list_bad_images(self, bad: dict[str, str]) -> None:
         """Write `bad_images.tsv`: path and reason of every image that was replaced so far."""
@@ -64,3 +76,11 @@ class RunFolder:
     def close(self) -> None:
         """Let others write to it."""
         self._lock.close()
+
+
+@contextlib.contextmanager
+def _written(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise FolderError(f"run.folder: {path} cannot be created or written: {error.strerror}") from None

@@ -34,13 +34,13 @@ def environment() -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Versions of the packages that numbers and pixels depend on."""
-    versions = {"torch": str(torch.__version__)}
+    found = {"torch": str(torch.__version__)}
     for package in ("torchvision", "numpy", "pillow"):
         with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[package] = metadata.version(package)
+            found[package] = metadata.version(package)
     for backend in loaders.backends():
-        versions |= loaders.load(backend).Options.versions()
-    return versions
+        found |= loaders.load(backend).Options.versions()
+    return found
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

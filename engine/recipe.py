@@ -1,4 +1,4 @@
-"""A recipe: strict YAML, one `base:`, `a.b=c` overrides, validated before anything is touched, never changed after.
+"""A recipe: strict YAML, `base:`, `a.b=c` overrides, validated before anything is touched, never changed after.
 
 The sections of methods and loader back ends are declared beside their code (`Config`, `Options`).
 """
@@ -17,7 +17,7 @@ import yaml
 from pydantic import Field, ValidationError, create_model, field_validator, model_validator
 
 import loaders
-from engine import precision, strict_yaml
+from engine import dist, precision, strict_yaml
 from engine.errors import RecipeError
 from engine.explain import explain, suggest
 from engine.log import logger
@@ -25,7 +25,7 @@ from engine.schedules import PositiveDuration, Schedule
 from models import methods
 from models.contract import Strict
 
-RENAMED = {"evals.*.neighbours": "neighbors"}
+RENAMED = {"evals.*.neighbours": "neighbors", "knn.neighbours": "neighbors"}
 """Keys of older recipes -> what they are called now, `*` for any one name; such recipes still load."""
 
 
@@ -186,7 +186,7 @@ def resolve(content: dict[str, Any], path: Path) -> Recipe:
     What it leaves to the machine (`data.backend: auto`, `run.amp: auto`) is decided here, so that the recipe that is
     stored, hashed and compared on resume says what was run.
     """
-    content = _with_current_names(content, path)
+    content = with_current_names(content, path)
     for section in ("data", "run"):
         content.setdefault(section, {})
     if isinstance(content["data"], dict):
@@ -228,18 +228,19 @@ def current_name(key: str) -> str:
     return key
 
 
-def _with_current_names(content: Any, path: Path, prefix: str = "") -> Any:
-    """A copy of merged content in which no key has an old name."""
+def with_current_names(content: Any, path: Path, prefix: str = "") -> Any:
+    """A copy of the merged content of a recipe or a table in which no key has an old name."""
     if isinstance(content, list):
-        return [_with_current_names(item, path, f"{prefix}{number}.") for number, item in enumerate(content)]
+        return [with_current_names(item, path, f"{prefix}{number}.") for number, item in enumerate(content)]
     if not isinstance(content, dict):
         return content
     renamed = {}
     for key, item in content.items():
         now = current_name(prefix + key)
         if now != prefix + key:
-            logger.warning(f"{path}: {prefix}{key} is called {now} now")
-        renamed[now.removeprefix(prefix)] = _with_current_names(item, path, f"{prefix}{key}.")
+            if dist.environment_rank() == 0:
+                logger.warning(f"{path}: {prefix}{key} is called {now} now")
+        renamed[now.removeprefix(prefix)] = with_current_names(item, path, f"{prefix}{key}.")
     return renamed
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import loaders
-from engine import checkpoint, dist, evals, optim, precision, resume
+from engine import checkpoint, dist, evals, optim, precision
 from engine.data import open_indices
 from engine.dist import World
 from engine.errors import CheckpointError, NotFinite, NotFiniteState, NotSaved, Stopped, Untrained
@@ -21,6 +21,7 @@ from engine.log import Clock, Meter, RunLog, duration, logger
 from engine.monitors import IMAGES, Monitors
 from engine.provenance import versions
 from engine.recipe import EvalConfig, Recipe, micro_steps
+from engine.resume import check_identity, identity, newest_checkpoint
 from engine.schedules import Horizon, due, value
 from loaders import Batch, Index, Loader
 from models import backbones
@@ -215,10 +216,11 @@ class Trainer:
             FolderError: the run folder cannot be written, or another process is running there.
         """
         recipe, horizon = self.recipe, self.horizon
-        dist.together(self._open_folder)
         consensus = dist.Consensus(self.world)
         before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
         try:
+            dist.together(self._open_folder)
+            self._warn()
             self.loader = loaders.open_train(
                 recipe.data, self.indices["train"], seed=recipe.seed, step=self.steps_done, place=self.world.place
             )
@@ -300,9 +302,14 @@ class Trainer:
             f"{world.world_size} x {world.device.type}, amp {recipe.run.amp}, loader {recipe.data.backend}, "
             f"{sum(parameter.numel() for parameter in self.trained):,} trained parameters"
         )
-        slow = precision.warning(recipe.run.amp, world.device)
-        for text in (*loaders.warnings(recipe.data, world.local_world_size), *([slow] if slow else [])):
-            logger.warning(text)
+
+    def _warn(self) -> None:
+        # Once per machine: each has a /dev/shm and a GPU of its own.
+        recipe, world = self.recipe, self.world
+        if world.local_rank == 0:
+            slow = precision.warning(recipe.run.amp, world.device)
+            for text in (*loaders.warnings(recipe.data, world.local_world_size), *([slow] if slow else [])):
+                logger.warning(text)
 
     # -------------------------------------------------------------------------------------------- what lasts
 
@@ -337,14 +344,12 @@ class Trainer:
         self.steps_done = state["step"]
 
     def _identity(self) -> dict[str, Any]:
-        return resume.identity(self.recipe, self.world.world_size, self.indices)
+        return identity(self.recipe, self.world.world_size, self.indices)
 
-    def _start_from(self, resumes: bool, allow_changes: bool) -> None:
+    def _start_from(self, resume: bool, allow_changes: bool) -> None:
         """Initialize the method, or continue a run; the same on all ranks."""
         # Rank 0 chooses, all load: a disk that only one machine sees must not send ranks to different steps.
-        path = dist.together(
-            lambda: resume.newest_checkpoint(self.recipe, resume=resumes) if self.world.is_main else None
-        )
+        path = dist.together(lambda: newest_checkpoint(self.recipe, resume=resume) if self.world.is_main else None)
         path = dist.gather_objects(path)[0]
 
         def load() -> None:
@@ -353,7 +358,7 @@ class Trainer:
             self.monitors = Monitors(self.method)
             if path is not None:
                 state = checkpoint.load(path)
-                resume.check_identity(state, path, self._identity(), allow_changes=allow_changes)
+                check_identity(state, path, self._identity(), allow_changes=allow_changes)
                 self.load_state_dict(state)
                 if state["versions"] != versions():
                     logger.warning(

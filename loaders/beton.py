@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -63,7 +64,7 @@ def read(path: Path) -> Beton:
     """
     try:
         with open(path, "rb") as file:
-            size = path.stat().st_size
+            size = os.fstat(file.fileno()).st_size
             header, image, label, table = _records(file, size)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None

@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Strict(BaseModel):
-    """A section: unknown keys refused, no silent type conversion, never changed. `models.config` has the same for
+    """A section: unknown keys refused, no silent type conversion, never changed. `models.contract` has the same for
     models, which share nothing with loaders."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)

@@ -13,7 +13,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
@@ -63,10 +62,17 @@ class Options(contract.Options):
             " (slowly, without the compiled core)" if turbo.why_missing() else ""
         )
         # In a process of its own: its import fails in many ways, and what it starts can keep this one from ending.
-        tried = subprocess.run([sys.executable, "-c", "import ffcv, os; os._exit(0)"], capture_output=True, text=True)
-        if tried.returncode == 0:
-            return f"{ours}; the FFCV package is here too ({metadata.version('ffcv')})"
-        reason = (tried.stderr.strip().splitlines() or [f"exit code {tried.returncode}"])[-1][:160]
+        code = (
+            "import ffcv, os; from importlib.metadata import version; print(version('ffcv'), flush=True); os._exit(0)"
+        )
+        try:
+            tried = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+        except subprocess.TimeoutExpired:
+            reason = "its import does not end"
+        else:
+            if tried.returncode == 0:
+                return f"{ours}; the FFCV package is here too ({tried.stdout.strip()})"
+            reason = (tried.stderr.strip().splitlines() or [f"exit code {tried.returncode}"])[-1][:160]
         return f"{ours}; the FFCV package is not needed and not usable ({reason}): {HOW_TO_INSTALL}"
 
     def batches(self, order: Order) -> Iterator[HostBatch]:

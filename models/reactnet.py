@@ -40,7 +40,7 @@ class Config(BackboneConfig):
         return self.activations == "binary"
 
     def check_side(self, side: int) -> None:
-        """See `check_side`."""
+        """See `models.reactnet.check_side`."""
         check_side(side, self.stem_stride, self.halvings)
 
     @property
@@ -227,7 +227,7 @@ class ReActNet(Backbone):
         return F.relu(self.fc(x)) if self.fc is not None else x
 
 
-def check_side(side: int, stem_stride: int, halvings: int = 4) -> None:
+def check_side(side: int, stem_stride: int, halvings: int) -> None:
     """Refuse an image side whose map after the stem cannot be halved that often (four times in ReActNet-A).
 
     Raises:

@@ -7,7 +7,7 @@ import torch
 
 from engine import dist
 from engine.bench import step as step_bench
-from engine.bench.clock import Phases, quantiles
+from engine.bench.clock import Ceilings, Phases, quantiles
 from engine.bench.step import WithLoader, measure, table, verdict
 from engine.bench.variants import Resident, gate, variants
 from engine.errors import NotEqual
@@ -129,6 +129,11 @@ def test_phases_cover_the_step(tmp_path, monkeypatch):
     assert "no verdict" in text and "| eager |" in text and result.ceilings is None and "too noisy" not in text
     runs.write_json(result, tmp_path / "step.json")
     assert json.loads((tmp_path / "step.json").read_text())["variants"]["eager"]["times_reference"] == [1.0, 1.0]
+    result.ceilings = Ceilings(copy_bytes_per_second=1e12, matmul_flops=1e14)
+    runs.write_json(result, tmp_path / "step.json")
+    assert json.loads((tmp_path / "step.json").read_text())["ceilings"]["matmul_flops"] == 1e14
+    assert "copy 1.00 TB/s" in table(result)
+    result.ceilings = None
     figures.draw_phases(result, tmp_path / "phases.png")
     assert (tmp_path / "phases.png").stat().st_size > 5000
 

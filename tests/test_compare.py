@@ -86,6 +86,18 @@ def test_bad_tables_are_refused_in_one_line(changes, message, tmp_path):
     assert "\n" not in str(caught.value) and "t.yaml" in str(caught.value)
 
 
+def test_a_probe_that_evaluates_nothing_is_refused(tmp_path):
+    path = write(tmp_path / "t.yaml", probe=str(ROOT / "recipes/quick/moco.yaml"))
+    loaded = table.load(path)
+    with pytest.raises(RecipeError, match=r"t\.yaml: probe: .*moco\.yaml: method moco is not a linear evaluation"):
+        table.chain(loaded, loaded.rows[0], 0, path, tmp_path, [])
+
+
+def test_old_names_of_keys_load_in_a_table(tmp_path):
+    path = write(tmp_path / "t.yaml", knn={"kind": "knn", "every": "100%", "neighbours": 7})
+    assert table.load(path).knn.neighbors == 7
+
+
 def compare(*arguments, **options):
     command = [sys.executable, str(ROOT / "tools/compare.py"), *map(str, arguments)]
     return subprocess.Popen(

@@ -119,6 +119,15 @@ def test_every_back_end_reads_shards(backend, tree, tmp_path):
     assert sorted(int(row) for batch in loader for row in batch.rows) == list(range(24))
 
 
+@pytest.mark.parametrize("name", ["images.tar", "images.txt", "images.tgz"])
+def test_a_folder_is_read_by_what_it_holds(name, tree, tmp_path):
+    (tmp_path / "classes").mkdir()
+    (tmp_path / "classes" / name).symlink_to(tree)
+    assert open_at(tmp_path / "classes" / name).fingerprint == open_at(tree).fingerprint
+    shards = write_shards(tree, tmp_path / name, labels=True)
+    assert open_at(shards).pieces is not None
+
+
 def test_broken_shards_are_named(tree, tmp_path):
     shards = write_shards(tree, tmp_path / "shards", labels=True)
     whole = (shards / "part-1.tar").read_bytes()

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+import loaders
 from engine import dist, train
 from engine import recipe as recipes
 from engine.errors import CheckpointError, FolderError, NotFinite, RecipeError, Untrained
@@ -615,6 +616,28 @@ def test_a_run_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(FolderError, match="run.folder: .* cannot be created or written: Not a directory"):
         run(tiny("quick/burn_stage1.yaml", tmp_path / "file"))
+
+
+@pytest.mark.parametrize("name", ["recipe.yaml", "environment.json", "metrics.jsonl"])
+def test_a_file_of_the_run_folder_that_cannot_be_written(name, tmp_path):
+    recipe = tiny("quick/burn_stage1.yaml", tmp_path)
+    (recipe.folder / name).mkdir(parents=True)
+    trainer = trainer_of(recipe)
+    with pytest.raises(FolderError, match="run.folder: .* cannot be created or written: Is a directory"):
+        trainer.fit()
+    (recipe.folder / name).rmdir()
+    trainer.fit()  # nothing still holds the folder
+    assert trainer.steps_done == 6
+
+
+def test_every_machine_says_what_is_wrong_with_it(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(loaders, "warnings", lambda *_: ["/dev/shm is small"])
+    trainer = trainer_of(tiny("quick/burn_stage1.yaml", tmp_path))
+    for rank, local, says in ((0, 0, True), (1, 1, False), (8, 0, True)):
+        trainer.world = trainer.world._replace(rank=rank, local_rank=local)
+        caplog.clear()
+        trainer._warn()
+        assert ("/dev/shm is small" in caplog.text) == says
 
 
 def opens_the_folder(folder):

@@ -202,7 +202,7 @@ def main() -> int:
         count = convert(options)
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return error.exit_code
     except OSError as error:
         free = shutil.disk_usage(Path(options.out).parent).free if Path(options.out).parent.exists() else 0
         print(

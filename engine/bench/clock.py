@@ -133,7 +133,8 @@ def device_seconds(work: Callable[[], Any]) -> float:
     return median(times)
 
 
-class Ceilings(NamedTuple):
+@dataclass(frozen=True)
+class Ceilings:
     """What a GPU can do at best."""
 
     copy_bytes_per_second: float

@@ -129,7 +129,7 @@ class Timing:
 
     what: str
     step_ms: dict[str, float]
-    noise: float
+    noise: float | None
     """What two halves of its steps differ by, as a share; a gain below it does not count."""
     images_per_second: float
     times_reference: list[float] | None
@@ -263,11 +263,12 @@ def _timing(one: Running, reference: Running, result: Result, numbers: dict[str,
     speed = 1000 * result.batch / median(times)
     names = list(dict.fromkeys(name for step in all_steps for name in step))
     flops, limits = 1e9 * result.gflop_per_image, result.ceilings
-    is_quiet = max(_noise(one), _noise(reference)) <= MOST_NOISE
+    noises = _noise(one), _noise(reference)
+    is_quiet = all(noise is not None and noise <= MOST_NOISE for noise in noises)
     return Timing(
         what=one.variant.what,
         step_ms=quantiles(times),
-        noise=_noise(one),
+        noise=noises[0],
         images_per_second=speed,
         times_reference=_paired_ratios(reference.blocks, one.blocks) if is_quiet else None,
         phases_ms={name: median(step.get(name, 0.0) for step in all_steps) for name in names},
@@ -277,11 +278,11 @@ def _timing(one: Running, reference: Running, result: Result, numbers: dict[str,
     )
 
 
-def _noise(one: Running) -> float:
+def _noise(one: Running) -> float | None:
     times = [sum(step.values()) for block in one.blocks for step in block]
     half = len(times) // 2
     if not half:
-        return 0.0
+        return None
     return abs(median(times[:half]) - median(times[half:])) / median(times)
 
 
@@ -367,7 +368,7 @@ def table(result: Result) -> str:
             f"{timing.images_per_second:.1f}",
             f"{step['median']:.1f} ({step['p10']:.1f} to {step['p90']:.1f})",
             median_range(timing.times_reference) if timing.times_reference else "too noisy",
-            f"{100 * timing.noise:.1f} %",
+            "unknown" if timing.noise is None else f"{100 * timing.noise:.1f} %",
             *(f"{timing.phases_ms.get(phase, 0.0):.1f}" for phase in phases),
             f"{timing.tflops:.2f}{share}",
             f"{timing.saved_bytes_per_image / 1e6:.2f}",

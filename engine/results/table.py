@@ -67,7 +67,7 @@ def load(path: Path) -> Table:
     Raises:
         RecipeError: anything wrong with the file, a key, a value, or a recipe that it names.
     """
-    content = strict_yaml.read(path)
+    content = recipes.with_current_names(strict_yaml.read(path), path)
     try:
         table = Table.model_validate_json(json.dumps(content))
     except ValidationError as error:
@@ -148,5 +148,8 @@ def _knn(table: Table, every: str) -> str:
 
 def _probe(table: Table, path: Path, run: Run, folder: Path, seed: int, extra: list[str]) -> Run:
     place = [f"run.folder={folder}", "name=linear", f"seed={seed}"]
-    changes = probe_of(run.recipe(), recipes.load(_at(path, table.probe)), layer=table.layer)
+    try:
+        changes = probe_of(run.recipe(), recipes.load(_at(path, table.probe)), layer=table.layer)
+    except ValueError as error:
+        raise RecipeError(f"{path}: probe: {table.probe}: {error}") from None
     return Run(_at(path, table.probe), [*place, *changes, *extra])

@@ -16,7 +16,7 @@ SUFFIXES = (".txt", ".tsv", ".lst")
 
 def claims(root: Path) -> bool:
     """By the ending of its name."""
-    return root.suffix in SUFFIXES
+    return root.suffix in SUFFIXES and not root.is_dir()
 
 
 def open_index(root: Path, max_pixels: int) -> Index:

@@ -31,7 +31,7 @@ class _Member(NamedTuple):
 
 def claims(root: Path) -> bool:
     """By the ending of its name, or because the folder holds a tar file."""
-    return root.suffix in (*_COMPRESSED, ".tar") or (root.is_dir() and any(root.glob("*.tar")))
+    return any(root.glob("*.tar")) if root.is_dir() else root.suffix in (*_COMPRESSED, ".tar")
 
 
 def open_index(root: Path, max_pixels: int) -> Index:
@@ -66,7 +66,7 @@ def open_index(root: Path, max_pixels: int) -> Index:
 
 
 def _shards(root: Path) -> list[bytes]:
-    if root.suffix in _COMPRESSED:
+    if root.suffix in _COMPRESSED and not root.is_dir():
         raise DataError(f"{root}: compressed shards cannot be read in place; expected plain .tar files")
     paths = root.glob("*.tar") if root.is_dir() else root.parent.glob(root.name)
     shards = [os.fsencode(path) for path in sorted(paths)]
