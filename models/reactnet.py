@@ -40,8 +40,23 @@ class Config(BackboneConfig):
         return self.activations == "binary"
 
     def check_side(self, side: int) -> None:
-        """See `models.reactnet.check_side`."""
-        check_side(side, self.stem_stride, self.halvings)
+        """Refuse an image side whose map after the stem cannot be halved that often (four times in ReActNet-A).
+
+        Raises:
+            ValueError: names the nearest legal sides.
+        """
+
+        def legal(s: int) -> bool:
+            return s > 0 and -(-s // self.stem_stride) % 2**self.halvings == 0
+
+        if not legal(side):
+            below = next((s for s in range(side, 0, -1) if legal(s)), None)
+            above = next(s for s in range(side + 1, side + 4 * 2**self.halvings) if legal(s))
+            nearest = f"{above}" if below is None else f"{below} or {above}"
+            raise ValueError(
+                f"image side {side} does not fit ReActNet with stem_stride {self.stem_stride}: "
+                f"expected ceil(side / {self.stem_stride}) to be a multiple of {2**self.halvings}, nearest {nearest}"
+            )
 
     @property
     def halvings(self) -> int:
@@ -225,23 +240,3 @@ class ReActNet(Backbone):
         """Images [B, 3, H, W] to features [B, C]."""
         x = self.pooled(x)
         return F.relu(self.fc(x)) if self.fc is not None else x
-
-
-def check_side(side: int, stem_stride: int, halvings: int) -> None:
-    """Refuse an image side whose map after the stem cannot be halved that often (four times in ReActNet-A).
-
-    Raises:
-        ValueError: names the nearest legal sides.
-    """
-
-    def legal(s: int) -> bool:
-        return s > 0 and -(-s // stem_stride) % 2**halvings == 0
-
-    if not legal(side):
-        below = next((s for s in range(side, 0, -1) if legal(s)), None)
-        above = next(s for s in range(side + 1, side + 4 * 2**halvings) if legal(s))
-        nearest = f"{above}" if below is None else f"{below} or {above}"
-        raise ValueError(
-            f"image side {side} does not fit ReActNet with stem_stride {stem_stride}: "
-            f"expected ceil(side / {stem_stride}) to be a multiple of {2**halvings}, nearest {nearest}"
-        )

@@ -394,7 +394,7 @@ def test_lars_leaves_alone_what_is_not_a_matrix(tmp_path):
         for name, module in trainer.method.named_modules()
         if isinstance(module, torch.nn.Conv2d | torch.nn.Linear) and module.weight.requires_grad
     }
-    assert names == wanted and len(names) == 1 + 31 + 1 + 4  # stem, binary, fc; head and predictor
+    assert names == wanted and len(names) == 1 + 31 + 4  # stem, binary; head and predictor
     assert not any("prelu" in n or "norm" in n or "shift" in n or "bias" in n for n in names)
 
 

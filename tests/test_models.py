@@ -8,7 +8,7 @@ from torch import nn
 
 from models import backbones, cost, weights
 from models.heads import MLP
-from models.reactnet import Config, ReActNet, check_side
+from models.reactnet import Config, ReActNet
 from models.resnet import Config as ResNetConfig
 from models.resnet import ResNet
 
@@ -74,13 +74,14 @@ def test_output_shapes():
 
 def test_image_sides():
     for side in (32, 63, 64, 96, 128, 160, 192, 224, 256):
-        check_side(side, 2)
+        Config().check_side(side)
     for side in (112, 200, 33, 16):
         with pytest.raises(ValueError, match=r"image side .* nearest"):
-            check_side(side, 2)
+            Config().check_side(side)
     with pytest.raises(ValueError, match="nearest 192 or 223"):
-        check_side(200, 2)
-    check_side(48, 1)
+        Config().check_side(200)
+    Config(stem_stride=1).check_side(48)
+    Config(multiples=(1, 2, 4)).check_side(200)  # halved once
 
 
 def test_cost_at_224():
