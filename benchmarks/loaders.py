@@ -32,6 +32,7 @@ from torchvision.transforms import v2
 from engine.bench.clock import Candidate, interleave, median_range
 from engine.bench.loader import crops_of, decode_floor
 from engine.provenance import environment
+from engine.results.figures import pyplot
 from engine.results.runs import write_json
 from loaders import Index, turbo
 from loaders.sources import open_index
@@ -186,11 +187,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     figure, axes = plt.subplots(1, len(result["jobs"]), figsize=(4.2 * len(result["jobs"]), 4.2), layout="constrained")
     for axis, (job, found) in zip(np.atleast_1d(axes), result["jobs"].items(), strict=True):
         names = list(found)[::-1]

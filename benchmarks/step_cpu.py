@@ -25,7 +25,7 @@ from engine.bench.variants import Resident, variants
 from engine.log import to_console
 from engine.provenance import environment
 from engine.recipe import Recipe
-from engine.results.figures import draw_phases
+from engine.results.figures import draw_phases, pyplot
 from engine.results.runs import write_json
 
 SMALL = ["data.backend=synthetic", "data.options={}", "run.device=cpu", "init=[]", "evals=[]"]
@@ -111,11 +111,7 @@ def growth() -> dict[str, dict[str, float]]:
 
 def draw_growth(found: dict[str, dict[str, float]], out: Path) -> None:
     """Four panels: milliseconds per image, and images per second for ranks."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     figure, axes = plt.subplots(1, 4, figsize=(17, 4), layout="constrained")
     for axis, (title, points) in zip(axes, found.items(), strict=True):
         x, speed = [int(name) for name in points], list(points.values())

@@ -50,10 +50,8 @@ def start(device: str, timeout_seconds: int) -> World:
     Raises:
         DeviceError: a GPU is asked for and there is none, or fewer than ranks on this machine.
     """
-    rank, world_size, local_rank, local_world_size = (
-        int(os.environ.get(name, default))
-        for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
-    )
+    rank, local_rank = environment_rank(), environment_rank(local=True)
+    world_size, local_world_size = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     gpus = torch.cuda.device_count()
     if device == "cuda" or (device == "auto" and gpus):
         if gpus < local_world_size:

@@ -14,7 +14,11 @@ def explain(error: ValidationError, model: type[BaseModel], content: dict[str, A
     """One problem in one line, and how many more there are: a misspelled key if there is one, which may be the cause of
     the others, else the first."""
     problems = error.errors(include_url=False)
-    misspelled = (p for p in problems if p["type"] == "extra_forbidden" and _close(str(p["loc"][-1]), model, p["loc"]))
+    misspelled = (
+        p
+        for p in problems
+        if p["type"] == "extra_forbidden" and _close(str(p["loc"][-1]), _fields(model, p["loc"][:-1]))
+    )
     problem = next(misspelled, problems[0])
     location = _location(problem["loc"], content)
     key = ".".join(map(str, location))
@@ -72,11 +76,11 @@ def _tags(model: type[BaseModel]) -> set[Any]:
     return {item for field in model.model_fields.values() for item in typing.get_args(field.annotation)}
 
 
-def _close(name: str, model: type[BaseModel], loc: tuple[str | int, ...]) -> list[str]:
-    return difflib.get_close_matches(name, list(_fields(model, loc[:-1])), n=1)
+def _close(name: str, known: Iterable[str]) -> list[str]:
+    return difflib.get_close_matches(name, list(known), n=1)
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
     """The known name that was probably meant, or all of them."""
-    close = difflib.get_close_matches(name, list(known), n=1)
+    close = _close(name, known)
     return f"did you mean '{close[0]}'?" if close else f"expected one of {', '.join(sorted(known))}"

@@ -29,20 +29,22 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.path / ".lock", "w")
         try:
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, workers do not inherit it
-        except OSError:
-            self._lock.close()
-            raise FolderError(
-                f"{self.path}: another process is running here; wait for it or give this run another name"
-            ) from None
-        try:
+            self._hold()
             with _written(self.path):
                 (self.path / "recipe.yaml").write_text(recipe.dump(), encoding="utf-8")
                 text = json.dumps(environment(), indent=2) + "\n"
                 (self.path / "environment.json").write_text(text, encoding="utf-8")
         except FolderError:
-            self._lock.close()
+            self.close()
             raise
+
+    def _hold(self) -> None:
+        try:
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, workers do not inherit it
+        except OSError:
+            raise FolderError(
+                f"{self.path}: another process is running here; wait for it or give this run another name"
+            ) from None
 
     def open_rows(self, step: int) -> TextIO:
         """`metrics.jsonl`, to be appended to; rows after `step`, of a run that was killed, are dropped.

@@ -154,7 +154,7 @@ class Trainer:
             is_last = micro_step == self.micro_steps - 1
             # Gradients are reduced over ranks once per optimizer step, with the last micro-step.
             with nullcontext() if is_last or self.model is self.method else self.model.no_sync():  # type: ignore[operator]
-                with torch.autocast(self.world.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
+                with self.autocast():
                     scalars = self.model(self.inputs(batch), batch.label, self.values)
                 self.mark("backward")
                 self.scaler.scale(scalars["loss"] / self.micro_steps).backward()
@@ -180,6 +180,10 @@ class Trainer:
         self.clock.trained(self.recipe.data.batch_size)
         self.steps_done += 1
         return bad
+
+    def autocast(self) -> torch.autocast:
+        """What the forward pass runs under."""
+        return torch.autocast(self.world.device.type, self.amp_dtype, enabled=self.amp_dtype is not None)
 
     def inputs(self, batch: Batch) -> list[Tensor]:
         """The views of a batch in the precision that convolutions run in: cast once, not by every network."""

@@ -25,6 +25,11 @@ class BackboneConfig(Strict):
         """Whether the network has a fused form of its training step (`run.kernels: fused`)."""
         return False
 
+    @property
+    def has_fc(self) -> bool:
+        """Whether the features come after one more layer `fc` with its ReLU on the pooled map."""
+        return False
+
     def check_side(self, side: int) -> None:
         """Refuse an image side in pixels that the network cannot take.
 

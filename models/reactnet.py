@@ -39,6 +39,11 @@ class Config(BackboneConfig):
         """Half-blocks are fused where convolutions read signs."""
         return self.activations == "binary"
 
+    @property
+    def has_fc(self) -> bool:
+        """As the recipe says."""
+        return self.pooled_mlp
+
     def check_side(self, side: int) -> None:
         """Refuse an image side whose map after the stem cannot be halved that often (four times in ReActNet-A).
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ import loaders
 from engine import checkpoint, dist, train
 from engine.log import TIMING
 from engine.recipe import Recipe
+from engine.results.runs import metrics
 from engine.train import Trainer
 from loaders import Loader
 
@@ -29,8 +29,7 @@ def last_state(recipe: Recipe) -> dict[str, Any]:
 
 def rows(recipe: Recipe) -> list[dict[str, Any]]:
     """Rows of metrics without what differs between two equal runs."""
-    lines = (recipe.folder / "metrics.jsonl").read_text().splitlines()
-    return [{key: item for key, item in json.loads(line).items() if key not in TIMING} for line in lines]
+    return [{key: item for key, item in row.items() if key not in TIMING} for row in metrics(recipe.folder)]
 
 
 def differences(a: Any, b: Any, path: str = "") -> list[str]:

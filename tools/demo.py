@@ -27,6 +27,7 @@ from engine.log import duration, to_console
 from engine.provenance import environment
 from engine.recipe import Recipe
 from engine.results.chain import Chain, Run, init_from, probe_of
+from engine.results.figures import pyplot
 from engine.results.runs import curve, final, write_json
 from engine.results.scores import Outcome, Score, mean_std, table
 from loaders.augment import to_pixels
@@ -136,11 +137,7 @@ def draw(
         scores: bars of the last panel.
         views: two tensors uint8 [N, size, size, 3], the two views of N images.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     figure = plt.figure(figsize=(19, 8.5), layout="constrained")
     figure.suptitle(title, fontsize=14)
     rows: Any = figure.subfigures(2, 1)

@@ -105,9 +105,8 @@ def saved_bytes(trainer: Trainer, batch: Batch) -> int:
             storages[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    amp = trainer.amp_dtype
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        with torch.autocast(trainer.world.device.type, amp, enabled=amp is not None):
+        with trainer.autocast():
             loss = trainer.method(views, batch.label, half_way(trainer))["loss"]
     del loss
     return sum(storages.values())

@@ -12,6 +12,16 @@ from engine.results.runs import metrics
 from engine.results.scores import Entry, mean_std
 
 
+def pyplot() -> Any:
+    """Matplotlib, which draws into files only. Imported where something is drawn: it is not needed to train."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    return plt
+
+
 def draw_comparison(out: Path, title: str, entries: Sequence[Entry], curves: dict[str, list[Path]]) -> None:
     """Draw a table of methods: scores, the paper's beside ours, and two monitors over training.
 
@@ -21,11 +31,7 @@ def draw_comparison(out: Path, title: str, entries: Sequence[Entry], curves: dic
         entries: rows, in their order.
         curves: row -> run folders of its stages for one seed.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     figure, axes = plt.subplots(2, 2, figsize=(15, 10), layout="constrained")
     figure.suptitle(title, fontsize=14)
     bars, versus, flips, rank = axes.flat
@@ -86,11 +92,7 @@ def draw_phases(result: Result, out: Path) -> None:
         result: what it measured.
         out: PNG file.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     timings = list(result.variants.values())[::-1]
     names = list(result.variants)[::-1]
     figure, axis = plt.subplots(figsize=(11, 1.6 + 0.7 * len(names)), layout="constrained")

@@ -105,9 +105,10 @@ def chain(table: Table, row: Row, seed: int, path: Path, out: Path, extra: list[
         extra: overrides of every run, from the command line.
     """
     folder = out / slug(row.name) / f"seed{seed}"
+    teacher = out / "teacher" / "teacher"
     moved: dict[str, Path] = {}
     if table.teacher is not None:
-        moved[str(recipes.load(_at(path, table.teacher)).folder)] = out / "teacher" / "teacher"
+        moved[str(recipes.load(_at(path, table.teacher)).folder)] = teacher
     runs: list[Run] = []
     needs_teacher = False
     for number, stage in enumerate(row.stages):
@@ -116,7 +117,7 @@ def chain(table: Table, row: Row, seed: int, path: Path, out: Path, extra: list[
         sources = []
         for entry in recipe.init:
             here = moved.get(str(Path(entry.source)))
-            needs_teacher |= here is not None and here == out / "teacher" / "teacher"
+            needs_teacher |= here == teacher
             sources.append((here or entry.source, entry.load))
         steps = max(round(table.images / len(row.stages) / recipe.data.batch_size), 1)
         runs.append(

@@ -56,13 +56,13 @@ class Config(MethodConfig):
 
     def probing(self, network: BackboneConfig, layer: Literal["features", "pooled"]) -> MethodConfig:
         """The classifier alone trains, on the chosen layer."""
-        is_below = layer == "pooled" and getattr(network, "pooled_mlp", False)
+        is_below = layer == "pooled" and network.has_fc
         return self.model_copy(update={"backbone": network, **({"trains": "pre-fc"} if is_below else {})})
 
     @model_validator(mode="after")
     def _needs_fc(self) -> Config:
         fc_protocols = ("burn-release", "pre-fc")
-        if self.trains in fc_protocols and not getattr(self.backbone, "pooled_mlp", False):
+        if self.trains in fc_protocols and not self.backbone.has_fc:
             raise ValueError(f"trains: {self.trains} needs a reactnet backbone with pooled_mlp: true")
         return self
 
