@@ -1,22 +1,29 @@
-"""The processes of a run: the group's life, agreement between ranks, and rows gathered for an evaluation."""
+"""The processes of a run: the group's life, what all do or refuse together, and rows gathered for an evaluation."""
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import os
-from collections.abc import Callable
+import sys
+import threading
+from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, NoReturn, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from engine.errors import DeviceError, EngineError, RankError, RecipeError
-from loaders import Place, machine
+from engine import accelerator
+from engine.consensus import Consensus
+from engine.errors import KNOWN, Ended, EngineError, RankError, RecipeError, is_own, is_shared, report, shared
+from loaders import Place
 
 T = TypeVar("T")
+LEAVING = 5.0
+"""Seconds that leaving the process group may take."""
 
 
 class World(NamedTuple):
@@ -52,25 +59,31 @@ def start(device: str, timeout_seconds: int) -> World:
     """
     rank, local_rank = environment_rank(), environment_rank(local=True)
     world_size, local_world_size = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-    gpus = torch.cuda.device_count()
-    if device == "cuda" or (device == "auto" and gpus):
-        if gpus < local_world_size:
-            raise DeviceError(
-                f"run.device: {local_world_size} ranks on this machine need a GPU each, found {gpus}; "
-                "start fewer with --nproc_per_node or set run.device=cpu"
-            )
-        here = torch.device("cuda", local_rank)
-        torch.cuda.set_device(here)
-    else:
-        here = torch.device("cpu")
-        torch.set_num_threads(max(1, machine.cores() // local_world_size))
-    if world_size > 1:
+    here = accelerator.open_device(device, local_rank, local_world_size)
+    world = World(rank, world_size, local_rank, local_world_size, here)
+    # torchrun with one rank makes a group too: one GPU then runs all that many run.
+    if world_size > 1 or {"RANK", "MASTER_ADDR"} <= os.environ.keys():
         dist.init_process_group(
             "nccl" if here.type == "cuda" else "gloo",
             timeout=timedelta(seconds=timeout_seconds),
             device_id=here if here.type == "cuda" else None,
         )
-    return World(rank, world_size, local_rank, local_world_size, here)
+    global _consensus
+    # The store of the default group has no public name.
+    store = dist.distributed_c10d._get_default_store() if dist.is_initialized() else None
+    _consensus = Consensus(rank, world_size, here, store, timeout_seconds)
+    return world
+
+
+_consensus: Consensus | None = None  # of the process group, and like it one for the process
+_left = True  # whether the process may end as any other
+
+
+def consensus(world: World) -> Consensus:
+    """The agreement of the ranks of this run."""
+    if _consensus is None or _consensus.device != world.device:  # a world made by hand
+        return Consensus(world.rank, 1, world.device)
+    return _consensus
 
 
 def wrap(method: nn.Module, world: World, *, accumulates: bool) -> nn.Module:
@@ -79,7 +92,7 @@ def wrap(method: nn.Module, world: World, *, accumulates: bool) -> nn.Module:
     Args:
         accumulates: whether some backward passes run under `no_sync`.
     """
-    if world.world_size == 1:
+    if not dist.is_initialized():
         return method
     # Statistics of BatchNorm stay per rank, as in the reference; evaluations use rank 0's.
     # The key that says so has a new name since PyTorch 2.15.
@@ -93,16 +106,72 @@ def wrap(method: nn.Module, world: World, *, accumulates: bool) -> nn.Module:
     return DistributedDataParallel(method, device_ids=device_ids, **options)
 
 
-def stop() -> None:
-    """Leave the process group."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+@contextlib.contextmanager
+def group(device: str, timeout_seconds: int) -> Iterator[World]:
+    """`start` and `stop` around a run; what goes wrong on one rank ends it on all.
+
+    Raises:
+        Ended: another rank has ended the run and says why.
+    """
+    world = start(device, timeout_seconds)
+    agreement = consensus(world)
+    try:
+        yield world
+    except BaseException as error:
+        raised = error
+        if not (is_shared(error) or is_own(error) or isinstance(error, Ended)):
+            if is_connection(error):
+                agreement.wait_for_ending()
+            raised = agreement.end(error, saves=False)
+            if agreement.is_grouped and is_own(raised):
+                report(raised)
+        stop(in_order=is_shared(error))
+        if raised is error:
+            raise
+        raise raised from None
+    stop()
 
 
-def barrier() -> None:
-    """Wait for all ranks."""
-    if dist.is_initialized():
-        dist.barrier()
+def is_connection(error: BaseException) -> bool:
+    """Whether an error is what the end of another rank looks like here."""
+    words = ("gloo", "NCCL", "Connection", "Socket", "Broken pipe")
+    is_of_torch = isinstance(error, RuntimeError) and not isinstance(error, KNOWN)
+    return isinstance(error, dist.DistError) or (is_of_torch and any(word in str(error) for word in words))
+
+
+def stop(*, in_order: bool = True) -> None:
+    """Leave the process group.
+
+    Args:
+        in_order: all ranks do so. Otherwise the group is left as it is: NCCL's `destroy_process_group` waits for the
+            others, which may be waiting for this rank; `leave` then ends the process.
+    """
+    global _consensus, _left
+    if _consensus is not None:
+        _left = in_order or not _consensus.is_grouped
+        _consensus.close(in_order=in_order)
+        _consensus = None
+    if in_order and dist.is_initialized():
+        destroys = threading.Thread(target=dist.destroy_process_group, name="destroy_process_group", daemon=True)
+        destroys.start()
+        destroys.join(LEAVING)
+        _left = not destroys.is_alive()
+
+
+def leave(main: Callable[[], int]) -> NoReturn:
+    """Run a tool's `main` and end the process with its code, whatever other ranks and their devices are doing."""
+    try:
+        code = main()
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else 2
+    except BaseException as error:  # what Python itself would do, but it would wait for threads
+        report(error)
+        code = 1
+    if _left:
+        sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def gather_objects(mine: Any) -> list[Any]:
@@ -129,10 +198,10 @@ def together(action: Callable[[], T]) -> T:
         error = caught
     errors = gather_objects(str(error) if error else None)
     if error:
-        raise error
+        raise shared(error)
     for rank, text in enumerate(errors):
         if text is not None:
-            raise RankError(rank, text)
+            raise shared(RankError(rank, text))
     return cast(T, result)
 
 
@@ -146,42 +215,8 @@ def must_agree(facts: dict[str, Any]) -> None:
     for rank, theirs in enumerate(everyone):
         for name, fact in everyone[0].items():
             if theirs[name] != fact:
-                raise RecipeError(f"{name} is {fact} on rank 0 and {theirs[name]} on rank {rank}, expected the same")
-
-
-class Consensus:
-    """Lets all ranks see, at the same step, that one of them has a bad number or was asked to stop.
-
-    One small maximum over ranks at each step. On a GPU it is read one step later, when it has long been done, so
-    that the host never waits for the step it has just launched.
-    """
-
-    def __init__(self, world: World) -> None:
-        self.world = world
-        self._flags = torch.zeros(2, device=world.device)  # bad, stop
-        self._host = torch.zeros(2, pin_memory=world.device.type == "cuda")
-        self._copied: torch.cuda.Event | None = None
-
-    def propose(self, bad: Tensor, stop: bool) -> tuple[bool, bool]:
-        """Put in this step's flags and get (bad, stop) of all ranks, of the step before on a GPU."""
-        agreed = self.agreed() if self._copied is not None else (False, False)
-        self._flags[0] = bad
-        self._flags[1].fill_(float(stop))
-        if self.world.world_size > 1:
-            dist.all_reduce(self._flags, op=dist.ReduceOp.MAX)
-        self._host.copy_(self._flags, non_blocking=True)
-        if self.world.device.type != "cuda":
-            return self.agreed()
-        self._copied = torch.cuda.Event()
-        self._copied.record()
-        return agreed
-
-    def agreed(self) -> tuple[bool, bool]:
-        """(bad, stop) of the newest step, waiting for it: before anything is saved or evaluated."""
-        if self._copied is not None:
-            self._copied.synchronize()
-        bad, stop = self._host.tolist()
-        return bad > 0, stop > 0
+                text = f"{name} is {fact} on rank 0 and {theirs[name]} on rank {rank}, expected the same"
+                raise shared(RecipeError(text))
 
 
 def mean(values: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import loaders
 from engine import dist
+from engine.consensus import Consensus
 from engine.dist import World
 from engine.recipe import EvalConfig
 from loaders import DataConfig, Index
@@ -18,42 +19,59 @@ from models.methods import Method
 
 
 def run(
-    config: EvalConfig, method: Method, data: DataConfig, indices: dict[str, Index], world: World
-) -> dict[str, float]:
-    """Run one evaluation on all ranks with rank 0's buffers; the method is left as it was.
+    config: EvalConfig,
+    method: Method,
+    data: DataConfig,
+    indices: dict[str, Index],
+    world: World,
+) -> dict[str, float] | None:
+    """Run one evaluation on all ranks with rank 0's buffers, in float32; the method is left as it was.
 
     Returns:
-        `top1` (and `top5`) in percent, and the number of images that were measured.
+        `top1` (and `top5`) in percent, and the number of images that were measured; None on all ranks where a signal
+        cut it short, because a job that is about to be killed has no time for it.
     """
-    was_training = method.training
+    was_training, consensus = method.training, dist.consensus(world)
     dist.broadcast_buffers(method)
     method.eval()
     try:
         with torch.no_grad():
             if config.kind == "accuracy":
-                return _accuracy(method, data, indices["val"], world)
-            return _knn(config, method.evaluated, data, indices, world)
+                return _accuracy(method, data, indices["val"], world, consensus)
+            return _knn(config, method.evaluated, data, indices, world, consensus)
     finally:
         method.train(was_training)
 
 
-def _accuracy(method: Method, data: DataConfig, index: Index, world: World) -> dict[str, float]:
+def _accuracy(
+    method: Method, data: DataConfig, index: Index, world: World, consensus: Consensus
+) -> dict[str, float] | None:
     counts = torch.zeros(3, dtype=torch.float64, device=world.device)  # top-1 hits, top-5 hits, images
-    for images, label in _batches(data, index, None, world):
+    for images, label in _batches(data, index, None, world, consensus):
         ranked = method.logits(images).topk(min(5, len(index.classes)), dim=1).indices  # [B, 5]
         hits = ranked == label[:, None]
         counts += torch.stack((hits[:, :1].sum(), hits.sum(), torch.tensor(len(label), device=world.device)))
+    if consensus.stops():
+        return None
     top1, top5, images_seen = dist.total(counts).tolist()
     return {"top1": 100 * top1 / images_seen, "top5": 100 * top5 / images_seen, "measured": images_seen}
 
 
 def _knn(
-    config: EvalConfig, network: nn.Module, data: DataConfig, indices: dict[str, Index], world: World
-) -> dict[str, float]:
+    config: EvalConfig,
+    network: nn.Module,
+    data: DataConfig,
+    indices: dict[str, Index],
+    world: World,
+    consensus: Consensus,
+) -> dict[str, float] | None:
     count = min(config.bank, len(indices["train"]))
     rows = np.linspace(0, len(indices["train"]), count, endpoint=False).astype(np.int64).tolist()
-    bank, bank_label = (dist.gather_rows(part) for part in _features(network, data, indices["train"], rows, world))
-    query, query_label = _features(network, data, indices["val"], None, world)
+    own_bank = _features(network, data, indices["train"], rows, world, consensus)
+    query, query_label = _features(network, data, indices["val"], None, world, consensus)
+    if consensus.stops():
+        return None
+    bank, bank_label = (dist.gather_rows(part) for part in own_bank)
     # Every rank classifies its own share of the validation images against the whole bank.
     predicted = knn(bank, bank_label, query, len(indices["train"].classes), config.neighbors, config.temperature)
     hits = (predicted == query_label).sum()
@@ -85,10 +103,10 @@ def knn(
 
 
 def _features(
-    network: nn.Module, data: DataConfig, index: Index, rows: list[int] | None, world: World
+    network: nn.Module, data: DataConfig, index: Index, rows: list[int] | None, world: World, consensus: Consensus
 ) -> tuple[Tensor, Tensor]:
     features, labels = [], []
-    for images, label in _batches(data, index, rows, world):
+    for images, label in _batches(data, index, rows, world, consensus):
         features.append(network(images))
         labels.append(label)
     if not features:  # fewer images than ranks
@@ -97,10 +115,14 @@ def _features(
     return torch.cat(features), torch.cat(labels)
 
 
-def _batches(data: DataConfig, index: Index, rows: list[int] | None, world: World) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(
+    data: DataConfig, index: Index, rows: list[int] | None, world: World, consensus: Consensus
+) -> Iterator[tuple[Tensor, Tensor]]:
     loader = loaders.open_eval(data, index, rows=rows, place=world.place)
     try:
         for batch in loader:
+            if consensus.asked_to_stop or consensus.ending is not None:
+                return
             if len(batch.label):
                 yield batch.views[0], batch.label
     finally:

@@ -55,12 +55,13 @@ class Meter:
         self._sums, self._counts = {}, {}
         return dict(zip(names, values, strict=True))
 
-    def state_dict(self) -> dict[str, Any]:
-        """The sums of all ranks, so that an interval cut by a checkpoint continues after a resume."""
+    def state_dict(self, *, together: bool = True) -> dict[str, Any]:
+        """The sums, so that an interval cut by a checkpoint continues after a resume: of all ranks if they call this
+        together, else of this one."""
         if not self._sums:
             return {}
-        sums = dist.gather_rows(torch.stack(list(self._sums.values()))[None])  # [ranks, names]
-        return {"sums": sums, "counts": self._counts}
+        sums = torch.stack(list(self._sums.values()))[None]
+        return {"sums": dist.gather_rows(sums) if together else sums, "counts": self._counts}  # [ranks, names]
 
     def load_state_dict(self, state: dict[str, Any], rank: int) -> None:
         """Restore this rank's sums."""

@@ -6,26 +6,44 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import loaders
-from engine import checkpoint, dist, evals, optim, precision
+from engine import accelerator, checkpoint, dist, evals, faults, optim, precision
+from engine.consensus import Consensus
 from engine.data import open_indices
 from engine.dist import World
-from engine.errors import CheckpointError, NotFinite, NotFiniteState, NotSaved, Stopped, Untrained
+from engine.errors import (
+    KNOWN,
+    CheckpointError,
+    EngineError,
+    NotFinite,
+    NotFiniteState,
+    NotSaved,
+    Stopped,
+    Untrained,
+    first_line,
+    is_own,
+    is_shared,
+    own,
+    report,
+    shared,
+)
 from engine.folder import RunFolder
 from engine.log import Clock, Meter, RunLog, duration, logger
 from engine.monitors import IMAGES, Monitors
 from engine.provenance import versions
-from engine.recipe import EvalConfig, Recipe, micro_steps
+from engine.recipe import Recipe, micro_steps
 from engine.resume import check_identity, identity, newest_checkpoint
 from engine.schedules import Horizon, due, value
 from loaders import Batch, Index, Loader
 from models import backbones
 from models.methods import Method
+from models.precision import at_least_float32
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -91,8 +109,18 @@ class Trainer:
     log: RunLog | None
     """Where rows of metrics go, on rank 0 while `fit` runs."""
 
+    consensus: Consensus
+    """What all ranks agree on."""
+    verdict: tuple[bool, bool]
+    """Of the newest step: whether any rank has bad numbers, and whether any is asked to stop."""
+
     _guarded: bool  # whether the guard of the first step is over
     _signal: int | None  # the signal that asked the run to stop
+    _is_whole: bool  # whether the state is that after `steps_done` steps, but for buffers inside a step
+    _is_inside: bool  # whether a step has begun that has not ended
+    _saved: int  # the step of the newest checkpoint, or that the run started from
+    _due_evals: list[int]  # evaluations of the recipe that are to be run after the newest step
+    _buffers: list[tuple[list[Tensor], list[Tensor]]]  # copies and buffers of each dtype
 
     def __init__(self, recipe: Recipe, world: World, *, resume: bool = False, allow_changes: bool = False) -> None:
         self.recipe, self.world = recipe, world
@@ -104,27 +132,35 @@ class Trainer:
         self.watched, self.bad_images = None, {}
         self.mark = _no_mark
         self.loader = self.folder = self.log = self._signal = None
+        self.consensus, self.verdict = dist.consensus(world), (False, False)
+        self._is_whole, self._is_inside, self._due_evals = True, False, []
 
+        usable, self._refused = accelerator.usable(recipe.run, world.device)
+        accelerator.set_up(usable, world.device, world.local_world_size)
         torch.manual_seed(recipe.seed)
         self.method = recipe.method.build()
         self.method.to(world.device)
-        run = recipe.run
         backbones.prepare(
             self.method,
-            channels_last=run.channels_last,
-            fused=run.kernels == "fused",
-            compiled=run.compile,
-            compile_options=run.compile_options,
+            channels_last=usable.channels_last,
+            fused=usable.kernels == "fused",
+            compiled=usable.compile,
+            compile_options=usable.compile_options,
         )
         self.optimizer = optim.build(recipe.optim, self.method)
-        self.amp_dtype = precision.DTYPES[run.amp]
-        self.scaler = torch.amp.GradScaler(world.device.type, enabled=run.amp == "fp16")
+        self.amp_dtype = precision.DTYPES[recipe.run.amp]
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.run.amp == "fp16")
         self.skipped = torch.zeros((), device=world.device)
         self._start_from(resume, allow_changes)
         self.model = dist.wrap(self.method, world, accumulates=self.micro_steps > 1)
         self.method.train()
         self.trained = [p for p in self.method.parameters() if p.requires_grad]
         self.values = {name: torch.zeros((), device=world.device) for name in recipe.method.schedules}
+        self._saved = self.steps_done
+        by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        for buffer in self.method.buffers():
+            by_dtype.setdefault(buffer.dtype, []).append(buffer)
+        self._buffers = [([buffer.clone() for buffer in buffers], buffers) for buffers in by_dtype.values()]
         self._guarded = self.steps_done > 0  # a run that has passed once may continue, whatever became of it
 
     # -------------------------------------------------------------------------------------------- the step
@@ -137,6 +173,9 @@ class Trainer:
 
         Returns:
             0-d bool tensor: whether the loss or gradients of this rank are not finite.
+
+        Raises:
+            Ended: another rank cannot take this step; it was not taken here either.
         """
         now = {name: value(s, self.steps_done, self.horizon) for name, s in self.recipe.schedules.items()}
         optim.apply(self.optimizer, now["lr"], now.get("weight_decay", 0.0))
@@ -145,11 +184,14 @@ class Trainer:
         # All that a method draws is a function of (seed, step): a resumed run draws the same.
         torch.manual_seed((self.recipe.seed << 31) + self.steps_done)
         bad = torch.zeros((), dtype=torch.bool, device=self.world.device)
+        self._remember()
+        of_micro_steps = []
         for micro_step in range(self.micro_steps):
             self.mark("load")
             started = time.perf_counter()
             batch = next(batches)
             self.clock.waited(time.perf_counter() - started)
+            self.consensus.meet()  # no rank begins what another has no images for
             self.mark("forward")
             is_last = micro_step == self.micro_steps - 1
             # Gradients are reduced over ranks once per optimizer step, with the last micro-step.
@@ -159,9 +201,9 @@ class Trainer:
                 self.mark("backward")
                 self.scaler.scale(scalars["loss"] / self.micro_steps).backward()
             bad |= ~scalars["loss"].detach().isfinite()
-            self.meter.add(scalars)
+            of_micro_steps.append(scalars)
         if due(self.steps_done + 1, self.recipe.run.log_every, self.horizon):
-            self.watched = batch.views[0][:IMAGES].clone()
+            self.watched = at_least_float32(batch.views[0][:IMAGES]).clone()
         self.mark("optimizer")
         if not self._guarded:
             self._guard()
@@ -169,17 +211,40 @@ class Trainer:
         self.scaler.unscale_(self.optimizer)
         norm = optim.gradient_norm(self.trained)
         # With a loss scaler an overflow skips a step; too many in a row, or any without one, end the run.
-        self.skipped = torch.where(norm.isfinite(), 0, self.skipped + 1)
+        skipped = torch.where(norm.isfinite(), 0, self.skipped + 1)
         allowed = self.recipe.run.max_skipped_steps if self.scaler.is_enabled() else 0
-        bad |= self.skipped > allowed
-        self.meter.add({"grad_norm": norm.nan_to_num(0, 0, 0), "skipped_steps": (self.skipped > 0).float()})
+        bad |= skipped > allowed
+        self.verdict = self.consensus.propose(bad)  # no rank updates what another could not compute
+        self._is_whole = False
+        self.skipped = skipped
+        for scalars in of_micro_steps:
+            self.meter.add(scalars)
+        self.meter.add({"grad_norm": norm.nan_to_num(0, 0, 0), "skipped_steps": (skipped > 0).float()})
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.method.after_step(now)
         self.clock.trained(self.recipe.data.batch_size)
+        self.consensus.updated()
         self.steps_done += 1
+        self._is_whole, self._is_inside = True, False
         return bad
+
+    @torch.no_grad()
+    def _remember(self) -> None:
+        """Keep what the forward pass changes before any update: buffers, statistics of BatchNorm above all."""
+        self._is_inside = True
+        for copies, buffers in self._buffers:
+            torch._foreach_copy_(copies, buffers)
+
+    @torch.no_grad()
+    def _recall(self) -> None:
+        """Leave a step that came to no update as if it had not begun."""
+        if self._is_inside:
+            for copies, buffers in self._buffers:
+                torch._foreach_copy_(buffers, copies)
+            self.optimizer.zero_grad(set_to_none=True)
+            self._is_inside = False
 
     def autocast(self) -> torch.autocast:
         """What the forward pass runs under."""
@@ -219,48 +284,100 @@ class Trainer:
             NotSaved: the disk refused the last checkpoint, or the one saved on a signal.
             FolderError: the run folder cannot be written, or another process is running there.
         """
-        recipe, horizon = self.recipe, self.horizon
-        consensus = dist.Consensus(self.world)
         before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
         try:
             dist.together(self._open_folder)
             self._warn()
             self.loader = loaders.open_train(
-                recipe.data, self.indices["train"], seed=recipe.seed, step=self.steps_done, place=self.world.place
+                self.recipe.data,
+                self.indices["train"],
+                seed=self.recipe.seed,
+                step=self.steps_done,
+                place=self.world.place,
+                dtype=self.amp_dtype,
             )
             self.loader.bad.update(self.bad_images)
             self.bad_images = self.loader.bad
-            self.clock.run()
-            while self.steps_done < horizon.total_steps:
-                bad = self.step(self.loader)
-                step = self.steps_done
-                if self.log:
-                    self.log.tick()
-                is_bad, stops = consensus.propose(bad, self._signal is not None)
-                logs, saves = due(step, recipe.run.log_every, horizon), due(step, recipe.run.save_every, horizon)
-                due_evals = [evaluation for evaluation in recipe.evals if due(step, evaluation.every, horizon)]
-                if logs or saves or due_evals or stops:
-                    newest_bad, newest_stops = consensus.agreed()
-                    is_bad, stops = is_bad or newest_bad, stops or newest_stops
-                if is_bad:
-                    raise NotFinite(
+            self._train()
+        except Exception as error:
+            raised = self._end(error)
+            if raised is error:
+                raise
+            raise raised from None
+        finally:
+            self.close()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _train(self) -> None:
+        recipe, horizon = self.recipe, self.horizon
+        assert self.loader is not None
+        owed = bool(self._due_evals)
+        if not self._evaluate():  # what a signal has cut
+            raise shared(Stopped(f"stopped by a signal after step {self.steps_done}; continue with --resume"))
+        if owed and self.steps_done == horizon.total_steps:
+            self._save(self.steps_done, must=False)  # nothing is owed any more
+        self.clock.run()
+        while self.steps_done < horizon.total_steps:
+            self.step(self.loader)
+            step = self.steps_done
+            if self.log:
+                self.log.tick()
+            is_bad, stops = self.verdict
+            logs, saves = due(step, recipe.run.log_every, horizon), due(step, recipe.run.save_every, horizon)
+            self._due_evals = [i for i, evaluation in enumerate(recipe.evals) if due(step, evaluation.every, horizon)]
+            if logs or saves or self._due_evals or stops:
+                is_bad, stops = self.consensus.agreed()
+            if is_bad:
+                raise shared(
+                    NotFinite(
                         f"loss or gradients are not finite at step {step}; nothing was saved after the last "
                         f"checkpoint in {recipe.folder / 'checkpoints'}"
                     )
-                if logs:
-                    self._log_step(step)
-                self.clock.pause()
-                for evaluation in due_evals:
-                    self._evaluate(evaluation, step)
-                if saves or stops:
-                    self._save(step, must=stops or step == horizon.total_steps)
-                if stops and step < horizon.total_steps:
-                    raise Stopped(f"stopped by a signal after step {step}, saved; continue with --resume")
-                self.clock.run()
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-            self.close()
+                )
+            if logs:
+                self._log_step(step)
+            self.clock.pause()
+            stops = not self._evaluate() or stops
+            if saves or stops:
+                self._save(step, must=stops or step == horizon.total_steps)
+            if stops and (step < horizon.total_steps or self._due_evals):
+                raise shared(Stopped(f"stopped by a signal after step {step}, saved; continue with --resume"))
+            self.clock.run()
+
+    def _end(self, error: Exception) -> BaseException:
+        """End the run on all ranks because of what happened on this one.
+
+        Returns:
+            What to raise: the error on the rank that met it, `Ended` on the others.
+        """
+        if is_shared(error):
+            return error
+        consensus, recipe, device = self.consensus, self.recipe, self.world.device
+        if dist.is_connection(error):
+            consensus.wait_for_ending()
+        known = error if isinstance(error, KNOWN) else faults.fault(error, recipe, device) or error
+        is_whole = self._is_whole and not faults.is_lost(error)
+        raised = consensus.end(known, saves=not isinstance(error, NotFinite | Untrained), is_whole=is_whole)
+        saves = is_whole and self.steps_done != self._saved and consensus.claims()
+        if isinstance(raised, faults.OutOfMemory):
+            raised = own(raised.with_advice(recipe, device))
+        if consensus.is_grouped and is_own(raised):
+            report(raised)  # before anything that another rank's end could cut short
+        if saves:
+            with consensus.saving():
+                self._save_alone()
+        return raised
+
+    def _save_alone(self) -> None:
+        """Save the last whole step without asking the other ranks for anything."""
+        try:
+            self._recall()
+            path = self._write(self.steps_done, self.state_dict(together=False))
+        except (EngineError, RuntimeError) as error:
+            logger.warning(f"step {self.steps_done} cannot be saved: {first_line(error)}")
+        else:
+            logger.warning(f"saved {path}; continue with --resume")
 
     def close(self) -> None:
         """Free the loader, flush the logs and let others write to the run folder."""
@@ -273,6 +390,7 @@ class Trainer:
         if number == signal.SIGINT and self._signal == signal.SIGINT:
             raise KeyboardInterrupt  # a second Ctrl-C means now; a checkpoint being written stays unfinished
         self._signal = number
+        self.consensus.asked_to_stop = True
 
     def _log_step(self, step: int) -> None:
         now = {name: value(s, step - 1, self.horizon) for name, s in self.recipe.schedules.items()}
@@ -288,11 +406,19 @@ class Trainer:
                 row |= dict(zip(health, torch.stack(list(health.values())).tolist(), strict=True))
             self.log.row(step, row)
 
-    def _evaluate(self, config: EvalConfig, step: int) -> None:
-        with torch.compiler.set_stance("force_eager"):
-            scores = evals.run(config, self.method, self.recipe.data, self.indices, self.world)
-        if self.log:
-            self.log.row(step, {**scores, "online": True}, evaluation=config.kind)
+    def _evaluate(self) -> bool:
+        """Run the evaluations that are due after the newest step; False if a signal cut them short, so that a resumed
+        run owes the rest."""
+        while self._due_evals:
+            config = self.recipe.evals[self._due_evals[0]]
+            with torch.compiler.set_stance("force_eager"):
+                scores = evals.run(config, self.method, self.recipe.data, self.indices, self.world)
+            if scores is None:
+                return False
+            if self.log:
+                self.log.row(self.steps_done, {**scores, "online": True}, evaluation=config.kind)
+            del self._due_evals[0]
+        return True
 
     def _open_folder(self) -> None:
         if not self.world.is_main:
@@ -311,24 +437,37 @@ class Trainer:
         # Once per machine: each has a /dev/shm and a GPU of its own.
         recipe, world = self.recipe, self.world
         if world.local_rank == 0:
-            slow = precision.warning(recipe.run.amp, world.device)
-            for text in (*loaders.warnings(recipe.data, world.local_world_size), *([slow] if slow else [])):
-                logger.warning(text)
+            for text in (
+                *loaders.warnings(recipe.data, world.local_world_size),
+                *self._refused,
+                precision.warning(recipe.run.amp, world.device),
+                accelerator.warning(recipe.run, world.device),
+            ):
+                if text:
+                    logger.warning(text)
+            for text in loaders.notes(recipe.data, world.device):
+                logger.info(text)
 
     # -------------------------------------------------------------------------------------------- what lasts
 
-    def state_dict(self) -> dict[str, Any]:
-        """All that must survive; called on all ranks. The data stream, the schedules and every draw are functions
-        of the step."""
+    def state_dict(self, *, together: bool = True) -> dict[str, Any]:
+        """All that must survive. The data stream, the schedules and every draw are functions of the step.
+
+        Args:
+            together: called on all ranks, so that what only they know is in it: sums of the log's interval and the
+                images that they replaced.
+        """
+        of_ranks = dist.gather_objects(self.bad_images) if together else [self.bad_images]
         return {
             "method": self.method.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "skipped": self.skipped,
-            "meter": self.meter.state_dict(),
+            "meter": self.meter.state_dict(together=together),
             "monitors": self.monitors.state_dict(),
             "seconds": self.clock.seconds,
-            "bad_images": {p: reason for bad in dist.gather_objects(self.bad_images) for p, reason in bad.items()},
+            "bad_images": {p: reason for bad in of_ranks for p, reason in bad.items()},
+            "due_evals": self._due_evals,
             "total_steps": self.horizon.total_steps,
             "recipe": self.recipe.dump(),
             "identity": self._identity(),
@@ -338,7 +477,7 @@ class Trainer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue after the step of a checkpoint."""
         self.method.load_state_dict(state["method"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        optim.load_state_dict(self.optimizer, state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.skipped = state["skipped"].to(self.world.device)
         self.meter.load_state_dict(state["meter"], self.world.rank)
@@ -346,9 +485,10 @@ class Trainer:
         self.clock.seconds = state["seconds"]
         self.bad_images = state["bad_images"]
         self.steps_done = state["step"]
+        self._due_evals = [number for number in state.get("due_evals", []) if number < len(self.recipe.evals)]
 
     def _identity(self) -> dict[str, Any]:
-        return identity(self.recipe, self.world.world_size, self.indices)
+        return identity(self.recipe, self.world.world_size, self.world.device.type, self.indices)
 
     def _start_from(self, resume: bool, allow_changes: bool) -> None:
         """Initialize the method, or continue a run; the same on all ranks."""
@@ -396,35 +536,54 @@ class Trainer:
         problem, is_finite = "", True
         if self.world.is_main:
             try:
-                folder = self.recipe.folder / "checkpoints"
-                logger.info(f"saved {checkpoint.save(folder, step, state, self.recipe.run.keep)}")
+                with self.consensus.saving():
+                    logger.info(f"saved {self._write(step, state)}")
             except CheckpointError as error:
                 problem, is_finite = str(error), not isinstance(error, NotFiniteState)
         if self.folder:
             self.folder.list_bad_images(state["bad_images"])
         problem, is_finite = dist.gather_objects((problem, is_finite))[0]
         if not is_finite:
-            raise NotFinite(problem)
+            raise shared(NotFinite(problem))
         if problem and must:
-            raise NotSaved(problem)
+            raise shared(NotSaved(problem))
         if problem and self.world.is_main:
             logger.warning(f"{problem}; training continues")
 
+    def _write(self, step: int, state: dict[str, Any]) -> Path:
+        path = checkpoint.save(self.recipe.folder / "checkpoints", step, state, self.recipe.run.keep)
+        self._saved = step
+        return path
 
-def run(recipe: Recipe, *, resume: bool = False, allow_changes: bool = False) -> None:
+
+def run(
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    allow_changes: bool = False,
+    check: Callable[[], None] = lambda: None,
+) -> None:
     """Run a recipe from start to end in the process group that torchrun describes, or alone.
+
+    Args:
+        recipe, resume, allow_changes: see `Trainer`.
+        check: what each machine has to find in order first; where it raises on one rank, all end.
 
     Raises:
         As `Trainer` and `Trainer.fit`.
     """
-    world = dist.start(recipe.run.device, recipe.run.timeout_seconds)
-    try:
+    with dist.group(recipe.run.device, recipe.run.timeout_seconds) as world:
         started = time.perf_counter()
-        trainer = Trainer(recipe, world, resume=resume, allow_changes=allow_changes)
+        dist.together(check)
+        try:
+            trainer = Trainer(recipe, world, resume=resume, allow_changes=allow_changes)
+        except (RuntimeError, MemoryError) as error:
+            known = None if isinstance(error, KNOWN) else faults.fault(error, recipe, world.device)
+            if known is None:
+                raise
+            raise known from None
         trainer.fit()
         logger.info(f"{recipe.folder}: done in {duration(time.perf_counter() - started)}")
-    finally:
-        dist.stop()
 
 
 def _no_mark(phase: str) -> None:

@@ -4,7 +4,7 @@ What the engine and the tools use is named here; a back end is one file (`loader
 images (`loaders.sources`).
 """
 
-from loaders.errors import DataError
+from loaders.errors import DataError, LoaderError
 from loaders.index import Index
 from loaders.loader import (
     AUTO,
@@ -15,9 +15,11 @@ from loaders.loader import (
     backends,
     choose,
     load,
+    notes,
     on_noise,
     open_data,
     open_eval,
+    open_resident,
     open_train,
     warnings,
     why_unusable,
@@ -32,13 +34,16 @@ __all__ = [
     "DataError",
     "Index",
     "Loader",
+    "LoaderError",
     "Place",
     "backends",
     "choose",
     "load",
+    "notes",
     "on_noise",
     "open_data",
     "open_eval",
+    "open_resident",
     "open_train",
     "warnings",
     "why_unusable",

@@ -7,5 +7,12 @@ class DataError(ValueError):
     exit_code = 2
 
 
+class LoaderError(RuntimeError):
+    """Something of the machine that a loader needs failed: a decoder, its memory, one of its processes. Not a fault of
+    any image."""
+
+    exit_code = 6
+
+
 class BadImage(Exception):
     """One image that cannot be decoded; the message is the reason, without the path."""

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from loaders import contract
 from loaders.contract import HostBatch, Order
-from loaders.errors import DataError
+from loaders.errors import DataError, LoaderError
 from loaders.host import load_batch
 from loaders.sampler import Stream
 from loaders.views import View
@@ -75,7 +75,12 @@ class _Batches:
         return self
 
     def __next__(self) -> HostBatch:
-        batch = next(self._iterator)
+        try:
+            batch = next(self._iterator)
+        except RuntimeError as error:  # of a process or of the thread that pins memory, never of an image
+            raise LoaderError(
+                f"data.backend=folder: {str(error).splitlines()[0]}; if memory ran out, lower data.workers"
+            ) from None
         if isinstance(batch, DataError):
             raise batch
         return batch

@@ -1,4 +1,5 @@
-"""Collectives that are part of the math of a method. Each is the identity when there is one process."""
+"""Collectives that are part of the math of a method. Each is the identity without a process group, and gives the same
+through a group of one."""
 
 from __future__ import annotations
 
@@ -11,7 +12,12 @@ from torch import Tensor
 
 def world_size() -> int:
     """Number of processes of the run; 1 without a process group."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if is_grouped() else 1
+
+
+def is_grouped() -> bool:
+    """Whether there is a process group, be it of one rank."""
+    return dist.is_available() and dist.is_initialized()
 
 
 def rank() -> int:
@@ -21,7 +27,7 @@ def rank() -> int:
 
 def all_gather(x: Tensor) -> Tensor:
     """Concatenate `x` [B, ...] of all ranks along the first axis, in rank order; no gradient."""
-    if world_size() == 1:
+    if not is_grouped():
         return x
     x = x.contiguous()
     parts = [torch.empty_like(x) for _ in range(world_size())]
@@ -47,4 +53,4 @@ class _AllReduceSum(torch.autograd.Function):
 
 def all_reduce_sum(x: Tensor) -> Tensor:
     """Sum `x` over all ranks, differentiably."""
-    return x if world_size() == 1 else _AllReduceSum.apply(x)
+    return _AllReduceSum.apply(x) if is_grouped() else x

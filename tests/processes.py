@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from engine import dist
 from tests.tiny import ROOT
 
 PATIENCE = 900
@@ -73,7 +74,7 @@ def run_ranks(world_size: int, target: Callable[..., Any], *arguments: Any) -> l
 def train_main(*arguments: str) -> None:
     """tools/train.py's main in this process."""
     sys.argv = ["train.py", *arguments]
-    raise SystemExit(tool("train").main())
+    dist.leave(tool("train").main)
 
 
 def tool(name: str) -> Any:

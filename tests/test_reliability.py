@@ -191,17 +191,27 @@ def test_signal_to_one_rank_stops_all_at_the_same_step(tmp_path, rank):
 def test_torchrun_trains_stops_and_resumes(tmp_path):
     from tests.tiny import tiny_overrides
 
-    more = [*SHORT, "data.micro_batch=4", "run.duration=60it", "run.save_every=1000it", "evals.0.every=25it"]
+    more = [*SHORT, "data.micro_batch=4", "run.duration=90it", "run.save_every=1000it", "evals.0.every=25it"]
     path = ROOT / "recipes" / QUICK
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "tools/train.py"]
     command += [str(path), *tiny_overrides(path, tmp_path / "torchrun"), *more, "--resume"]
     recipe = tiny(QUICK, tmp_path / "torchrun", *more)
     launcher = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     wait_for_rows(recipe, 3)
-    launcher.terminate()  # it passes the signal on to the ranks
-    launcher.communicate(timeout=PATIENCE)
-    assert launcher.returncode != 0
-    assert 9 <= last_state(recipe)["step"] < 60
+    launcher.terminate()  # it passes the signal on to the ranks, and kills them after 30 s
+    said = launcher.communicate(timeout=PATIENCE)[1]
+    assert launcher.returncode != 0 and said.count("stopped by a signal after step") == 1
+    stopped = last_state(recipe)["step"]
+    assert 9 <= stopped < 90
+    # USR1 would kill torchrun; tools/slurm.sh lets it ignore the signal, and sends it to the ranks.
+    ignores = ["bash", "-c", 'trap "" USR1; exec "$@"', "bash", *command]
+    launcher = subprocess.Popen(ignores, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    wait_for_rows(recipe, stopped // 3 + 3)
+    launcher.send_signal(signal.SIGUSR1)
+    for rank in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split():
+        os.kill(int(rank), signal.SIGUSR1)
+    assert "stopped by a signal after step" in launcher.communicate(timeout=PATIENCE)[1]
+    assert stopped < last_state(recipe)["step"] < 90
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     assert "2 x cpu" in done.stderr and "resumed" in done.stderr

@@ -5,12 +5,12 @@
     python tools/train.py recipes/burn_stage2.yaml data.train=data/photos/train --benchmark loader
 
 Exit codes: 0 done; 2 bad input (found at the start: nothing was written); 3 loss or gradients not finite;
-4 a parameter is not trained as declared; 5 the last checkpoint could not be written; 75 stopped by SIGTERM, SIGINT
+4 a parameter is not trained as declared; 5 the last checkpoint could not be written; 6 the machine failed (memory, a
+device, another process); 75 stopped by SIGTERM, SIGINT
 or SIGUSR1 and saved, continue with --resume; 1 anything else.
 """
 
 import argparse
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,7 +19,7 @@ import _root  # noqa: F401
 from engine import dist, train
 from engine import recipe as recipes
 from engine.describe import describe
-from engine.errors import KNOWN, RecipeError, Stopped
+from engine.errors import KNOWN, RecipeError, report, reports
 from engine.log import to_console
 from engine.preflight import missing
 from engine.recipe import Recipe
@@ -56,12 +56,15 @@ def main() -> int:
         elif arguments.benchmark:
             benchmark(recipe, arguments.benchmark, arguments.json, arguments.figure)
         else:
-            if problems := missing(recipe, resumes=arguments.resume):
-                raise RecipeError(f"{arguments.recipe}: {'; '.join(map(str, problems))}")
-            train.run(recipe, resume=arguments.resume, allow_changes=arguments.allow_changes)
+
+            def check() -> None:
+                if problems := missing(recipe, resumes=arguments.resume):
+                    raise RecipeError(f"{arguments.recipe}: {'; '.join(map(str, problems))}")
+
+            train.run(recipe, resume=arguments.resume, allow_changes=arguments.allow_changes, check=check)
     except KNOWN as error:
-        if error.exit_code != 2 or dist.environment_rank(local=True) == 0:  # one line per machine is enough
-            print(error if isinstance(error, Stopped) else f"error: {error}", file=sys.stderr)
+        if reports(error, dist.environment_rank(), dist.environment_rank(local=True)):
+            report(error)
         return error.exit_code
     return 0
 
@@ -82,4 +85,4 @@ def benchmark(recipe: Recipe, mode: str, json: Path | None, figure: Path | None)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    dist.leave(main)
