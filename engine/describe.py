@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import loaders
+from engine import faults
 from engine.errors import RecipeError
 from engine.optim import is_weight
 from engine.preflight import missing
@@ -86,6 +87,12 @@ def _cost(recipe: Recipe, method: methods.Method, images: float | None) -> list[
     flops = cost.training_flops(method, sizes)
     total = f", {flops * images / 1e18:.3g} EFLOP for the run" if images else ""
     lines.append(f"training: {flops / 1e9:.1f} GFLOP per image in the backbones (2 per multiply-accumulate){total}")
+    needs = faults.memory(recipe)
+    per_rank = needs["state"] + recipe.data.micro_batch * needs["per_image"]
+    lines.append(
+        f"memory: {per_rank / 2**30:.1f} GiB on each GPU at micro_batch {recipe.data.micro_batch}, eager: "
+        f"{needs['state'] / 2**30:.1f} for the state, {needs['per_image'] / 2**20:.1f} MiB an image (counted)"
+    )
     for name, speed in cost.predictions(flops, cost.eager_traffic(method, sizes)).items():
         hours = f", {images / speed / 3600:,.1f} hours" if images else ""
         lines.append(f"predicted on one {name}: {speed:,.0f} images/s{hours} ({cost.GPUS[name].source} ceilings)")

@@ -35,11 +35,24 @@ def build(config: OptimConfig, module: nn.Module) -> torch.optim.Optimizer:
     ]
     if config.name in ("lars", "larc"):
         return LARS(groups, momentum=config.momentum, trust=config.trust, rate_in_buffer=config.name == "lars")
-    if config.name == "sgd":
-        return torch.optim.SGD(groups, lr=0.0, momentum=config.momentum, nesterov=config.nesterov)
-    kind = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
+    # The fused forms take a loss scaler's verdict as a tensor; the others wait for it.
     fused = all(parameter.is_cuda for parameter in trained.values())
+    if config.name == "sgd":
+        sgd = torch.optim.SGD(groups, lr=0.0, momentum=config.momentum, nesterov=config.nesterov, fused=fused)
+        if config.momentum:
+            # If the scaler skips the first step, PyTorch's fused form leaves buffers that it made uninitialized.
+            for parameter in trained.values():
+                sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return sgd
+    kind = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
     return kind(groups, lr=0.0, betas=config.betas, eps=config.eps, weight_decay=0.0, fused=fused)
+
+
+def load_state_dict(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load a checkpoint's state, but not how its machine computed an update: a GPU's form may be none of a CPU's."""
+    kept = [{key: group[key] for key in ("fused", "foreach") if key in group} for group in optimizer.param_groups]
+    groups = [{**group, **ours} for group, ours in zip(state["param_groups"], kept, strict=True)]
+    optimizer.load_state_dict({**state, "param_groups": groups})
 
 
 class LARS(torch.optim.Optimizer):

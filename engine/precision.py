@@ -7,6 +7,8 @@ import torch
 from loaders import machine
 
 DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+NATIVE_BF16 = (8, 0)
+"""The oldest compute capability of a GPU with instructions for bf16."""
 
 
 def choose(on_gpu: bool) -> str:
@@ -19,6 +21,10 @@ def choose(on_gpu: bool) -> str:
 
 def warning(amp: str, device: torch.device) -> str:
     """What a run in this precision will suffer from on this device and what to do, or ""."""
-    if device.type != "cpu" or amp in ("off", choose(on_gpu=False)):
+    if device.type == "cuda":
+        if amp != "bf16" or torch.cuda.get_device_capability(device) >= NATIVE_BF16:
+            return ""
+        return f"run.amp=bf16 is emulated on {torch.cuda.get_device_name(device)}; set run.amp=fp16"
+    if amp in ("off", choose(on_gpu=False)):
         return ""
     return f"run.amp={amp} is emulated on this CPU, which is slower than float32; set run.amp={choose(on_gpu=False)}"

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 import loaders
+from engine.errors import first_line
 from loaders import machine
 
 
@@ -26,10 +27,17 @@ def environment() -> dict[str, Any]:
         "versions": versions(),
         "cpu": platform.processor() or platform.machine(),
         "cores": machine.cores(),
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "gpus": [_gpu(number) for number in range(torch.cuda.device_count())],
         "cuda": torch.version.cuda,
         "argv": sys.argv,
     }
+
+
+def _gpu(number: int) -> str:
+    try:
+        return torch.cuda.get_device_name(number)
+    except RuntimeError as error:  # it is there, and its driver is too old for it to be used
+        return first_line(error)
 
 
 def versions() -> dict[str, str]:

@@ -71,6 +71,11 @@ class RunConfig(Strict):
     kernels: Literal["torch", "fused"] = "torch"
     """`fused`: half-blocks of the binary network in one pass each (`models/halfblock.py`), by Triton on a GPU. Not the
     default until it has been measured on one."""
+    optimize_ddp: bool = True
+    """Several ranks, compiled: cut the student's graph where its gradients are reduced, so that the first are on their
+    way while others are computed; false keeps one graph and reduces at its end."""
+    deterministic: bool = False
+    """The same bits in every run on one kind of GPU, at the price of slower kernels; a CPU needs no such key."""
     log_every: PositiveDuration = "50it"
     save_every: PositiveDuration = "10ep"
     keep: int = Field(default=2, ge=1)

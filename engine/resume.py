@@ -41,10 +41,10 @@ def newest_checkpoint(recipe: Recipe, *, resume: bool) -> Path | None:
     return newest
 
 
-def identity(recipe: Recipe, world_size: int, indices: dict[str, Index]) -> dict[str, Any]:
+def identity(recipe: Recipe, world_size: int, device: str, indices: dict[str, Index]) -> dict[str, Any]:
     """What has to be equal for a resumed run to give the same numbers: dotted key -> value."""
     flat = _keys_that_matter(recipe)
-    flat["world_size"] = world_size
+    flat["world_size"], flat["device"] = world_size, device
     for split, index in indices.items():
         flat[f"fingerprint of data.{split}"] = index.fingerprint
     return flat
@@ -61,6 +61,7 @@ def check_identity(state: dict[str, Any], path: Path, now: dict[str, Any], *, al
         then = {**_keys_that_matter(resolve(yaml.safe_load(state["recipe"]), path)), **then}
     except RecipeError:
         pass  # it names something that is gone: the comparison below says what
+    then.setdefault("device", now["device"])  # older ones do not say
     changed = [
         f"{key} was {then.get(key)}, is {now.get(key)}" for key in {**then, **now} if then.get(key) != now.get(key)
     ]

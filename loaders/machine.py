@@ -5,6 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import torch
+
+TRITON = (7, 0)
+"""The oldest compute capability that Triton, and with it torch.compile, generates code for."""
+
 
 def cores() -> int:
     """CPU cores that this process may run on, which a container or `taskset` can make fewer than the machine has."""
@@ -23,3 +28,8 @@ def cpu_flags() -> set[str]:
         if line.startswith("flags"):
             return set(line.split(":", 1)[1].split())
     return set()
+
+
+def compiles(device: torch.device) -> bool:
+    """Whether torch.compile can be used for a device: a GPU may be too old for Triton."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= TRITON

@@ -34,8 +34,9 @@ def info_nce(query_BD: Tensor, key_BD: Tensor, queue_DK: Tensor, temperature: fl
         The mean loss and the share of queries that are nearest to their own key, both 0-d.
     """
     query, key, queue = at_least_float32(query_BD), at_least_float32(key_BD), at_least_float32(queue_DK)
-    positive = (query * key).sum(dim=1, keepdim=True)  # [B, 1]
-    logits = torch.cat((positive, query @ queue), dim=1) / temperature  # [B, 1 + K]
+    with torch.autocast(query.device.type, enabled=False):  # it would take the product in 16 bits
+        positive = (query * key).sum(dim=1, keepdim=True)  # [B, 1]
+        logits = torch.cat((positive, query @ queue), dim=1) / temperature  # [B, 1 + K]
     target = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
     hits = (logits.detach()[:, 1:] < logits.detach()[:, :1]).all(dim=1).float().mean()
     return F.cross_entropy(logits, target), hits

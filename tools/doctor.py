@@ -24,7 +24,7 @@ import torch
 import torchvision
 
 import loaders
-from engine import dist
+from engine import accelerator, dist
 from engine import recipe as recipes
 from engine.bench import loader as loader_bench
 from engine.bench import step as step_bench
@@ -39,9 +39,10 @@ GIB = 2**30
 def facts() -> Iterator[tuple[str, str]]:
     """(what, how it is) of the machine."""
     cores, memory = machine.cores(), machine.memory()
-    gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+    gpus = [_gpu(torch.device("cuda", number)) for number in range(torch.cuda.device_count())]
     yield "python", f"{platform.python_version()}, torch {torch.__version__}, torchvision {torchvision.__version__}"
-    yield "GPUs", ", ".join(gpus) if gpus else "none; the CPU trains (gloo), slowly"
+    hidden = accelerator.why_hidden()
+    yield "GPUs", ", ".join(gpus) or f"none; {hidden or 'the CPU trains (gloo), slowly'}"
     ranks = max(1, len(gpus))
     yield "threads", f"{cores} cores, {max(1, cores // ranks)} decoding threads for each of {ranks} rank(s)"
     yield "memory", f"{memory['MemTotal'] / GIB:.1f} GiB, {memory['MemAvailable'] / GIB:.1f} available"
@@ -52,6 +53,13 @@ def facts() -> Iterator[tuple[str, str]]:
     yield "/dev/shm", f"{shm.total / GIB:.1f} GiB, {shm.free / GIB:.1f} free{small}"
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     yield "open files", f"{files}" + (" - few: ulimit -n 4096" if files < 1024 else "")
+
+
+def _gpu(device: torch.device) -> str:
+    if problem := accelerator.why_unusable(device):
+        return problem
+    old = "" if machine.compiles(device) else " (too old for Triton: run.compile and run.kernels=fused will do nothing)"
+    return torch.cuda.get_device_name(device) + old
 
 
 def back_ends() -> Iterator[tuple[str, str]]:
