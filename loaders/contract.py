@@ -89,6 +89,10 @@ class Options(Strict):
         """
         return []
 
+    def notes(self, device: torch.device) -> list[str]:
+        """What a run should say once of how its images are read on this device."""
+        return []
+
     def batches(self, order: Order) -> Iterator[HostBatch]:
         """One `HostBatch` for each list of `order.positions`, in that order.
 
@@ -121,6 +125,16 @@ class HostBatch(NamedTuple):
         return cls(crops, torch.from_numpy(color), label, torch.from_numpy(image), bad)
 
 
+def on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on the device; the host does not wait for the copy, which runs in the current stream."""
+    if device.type == "cuda" and not tensor.is_cuda and not tensor.is_pinned():
+        tensor = tensor.pin_memory()  # only a copy from pinned memory leaves the host free to continue
+    return tensor.to(device, non_blocking=True)
+
+
+_HOST = torch.device("cpu")
+
+
 class CropMemory:
     """Memory for the crops of one batch after another.
 
@@ -138,8 +152,10 @@ class CropMemory:
         """G shapes (k, count, size, size, 3) of the crops of `count` images."""
         return [(views, count, size, size, 3) for views, size in self._groups]
 
-    def crops(self, count: int) -> list[Tensor]:
-        """Memory for `count` images: G x uint8 [k, count, size, size, 3], not initialized."""
+    def crops(self, count: int, device: torch.device = _HOST) -> list[Tensor]:
+        """Memory for `count` images: G x uint8 [k, count, size, size, 3], not initialized; a GPU's is torch's."""
+        if device.type == "cuda":
+            return [torch.empty(shape, dtype=torch.uint8, device=device) for shape in self.shapes(count)]
         if self._pinned:  # torch keeps pinned memory itself
             return [torch.empty(shape, dtype=torch.uint8, pin_memory=True) for shape in self.shapes(count)]
         with self._lock:

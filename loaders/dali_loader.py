@@ -7,8 +7,13 @@ its own. An image that DALI cannot decode is decoded, or replaced, on the host a
 from __future__ import annotations
 
 import contextlib
+import functools
+import logging
+import os
+import re
+import tempfile
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from itertools import islice
 from pathlib import Path
@@ -18,13 +23,26 @@ import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
+from torchvision.io import encode_jpeg
 
 from loaders import contract
-from loaders.contract import CropMemory, HostBatch, Order
-from loaders.errors import BadImage, DataError
+from loaders.contract import CropMemory, HostBatch, Order, on_device
+from loaders.dali_probe import probe
+from loaders.errors import BadImage, DataError, LoaderError
 from loaders.host import Sample, gather, load_row
 from loaders.index import Index
 from loaders.sampler import Plan, Stream
+
+_NVJPEG = {"nvidia-dali-cuda120": "nvidia-nvjpeg-cu12", "nvidia-dali-cuda130": "nvidia-nvjpeg"}
+"""Wheels of DALI -> those of the nvJPEG that each brings."""
+# Words of errors that tell of the machine. There are others: a picture that certainly can be decoded is the judge.
+_OF_THE_MACHINE = re.compile(
+    r"CUDA (?:runtime|driver) API error|CUDA is not available|requires a CUDA-capable|version is insufficient"
+    r"|Can't allocate|allocation failed|bad_alloc|out of memory|Insufficient memory|libcuda|nvml|CUDA Runtime failure",
+    re.IGNORECASE,
+)
+CPU = torch.device("cpu")
+logger = logging.getLogger("burn.loaders")
 
 # Formats (as Pillow names them) that DALI is given. Others are decoded on the host: DALI 2.4 does not always survive
 # an unknown one, a GIF was seen to end the process.
@@ -58,15 +76,19 @@ class Options(contract.Options):
 
     @classmethod
     def about(cls) -> str:
-        """Whether it runs on each device."""
-        devices = {"CPU": None, **({"GPU": 0} if torch.cuda.is_available() else {})}
-        return ", ".join(f"on the {name} {try_device(device)}" for name, device in devices.items())
+        """What decodes on each device."""
+        gpu = {"GPU": torch.device("cuda", 0)} if torch.cuda.is_available() else {}
+        return "; ".join(f"on the {name} {probe(device)}" for name, device in {"CPU": CPU, **gpu}.items())
+
+    def notes(self, device: torch.device) -> list[str]:
+        """What decodes on the GPU: a slow decoder is no error, and easily missed."""
+        return [f"loader dali: on {device} {probe(device)}"] if device.type == "cuda" else []
 
     @classmethod
     def versions(cls) -> dict[str, str]:
         """Of the wheels of DALI that are installed."""
         versions = {}
-        for package in ("nvidia-dali-cuda120", "nvidia-dali-cuda130"):
+        for package in (*_NVJPEG, *_NVJPEG.values()):
             with contextlib.suppress(metadata.PackageNotFoundError):
                 versions[package] = metadata.version(package)
         return versions
@@ -78,20 +100,21 @@ class Options(contract.Options):
         return _Batches(order, self)
 
 
-def try_device(device_id: int | None) -> str:
-    """Run the smallest pipeline on a GPU, or on the CPU (None): "works (version)" or how it fails."""
-    from nvidia import dali
+def decodes_regions() -> bool:
+    """Whether nvJPEG may decode a part of an image on a GPU as libjpeg-turbo would decode the whole.
 
-    fn = _untyped(dali.fn)
-    try:
-        pipeline = dali.Pipeline(batch_size=1, num_threads=1, device_id=device_id)
-        with pipeline:
-            pipeline.set_outputs(fn.constant(idata=1))
-        pipeline.build()
-        pipeline.run()
-    except RuntimeError as error:
-        return f"FAILS: {str(error).splitlines()[0][:160]}"
-    return f"works ({dali.__version__})"
+    Before nvJPEG 13.2 nvImageCodec hands a region of an image with subsampled colors to the host if it is to be
+    upsampled as libjpeg does it ("fancy"). Most photographs are of that kind.
+    """
+    versions = Options.versions()
+    for dali, nvjpeg in _NVJPEG.items():
+        if dali in versions and nvjpeg in versions:
+            return tuple(int(part) for part in versions[nvjpeg].split(".")[:2]) >= (13, 2)
+    return False
+
+
+class _Failed(Exception):
+    """DALI did not do a batch; its cause is DALI's error."""
 
 
 class _Work(NamedTuple):
@@ -111,6 +134,7 @@ class _Batches:
         index = self.stream.index
         foreign = np.flatnonzero(~np.isin(index.format, _FORMATS))
         self._host_only = {*index.problems, *foreign.tolist()}
+        self._refused = 0  # images that DALI was given and could not decode
         self._pipeline: Any = None
         self._batch_size = 0
 
@@ -126,8 +150,8 @@ class _Batches:
             work = self._fed[0]
             try:
                 views, changed = self._take(work) if work.rows else ([], [])
-            except RuntimeError as error:
-                self._exclude(self._culprits(work, error))
+            except _Failed as error:
+                self._refuse(self._culprits(work, error.__cause__))
                 continue
             if changed:
                 self._exclude(changed)
@@ -148,17 +172,20 @@ class _Batches:
     def _feed(self, works: list[_Work]) -> None:
         self._fed.extend(works)
         feeds = [work for work in works if work.rows]
-        if self._pipeline is None and feeds:
-            # DALI's first `schedule_run` starts as many runs as its queue is deep: all of them need their input.
-            self._batch_size = max(self._batch_size, *(len(work.positions) for work in feeds), 1)
-            self._pipeline = self._build(self._batch_size, depth=len(feeds))
+        try:
+            if self._pipeline is None and feeds:
+                # DALI's first `schedule_run` starts as many runs as its queue is deep: all of them need their input.
+                self._batch_size = max(self._batch_size, *(len(work.positions) for work in feeds), 1)
+                self._pipeline = self._build(self._batch_size, depth=len(feeds))
+                for work in feeds:
+                    _feed(self._pipeline, self.stream, work.plan, work.rows)
+                self._pipeline.schedule_run()
+                return
             for work in feeds:
                 _feed(self._pipeline, self.stream, work.plan, work.rows)
-            self._pipeline.schedule_run()
-            return
-        for work in feeds:
-            _feed(self._pipeline, self.stream, work.plan, work.rows)
-            self._pipeline.schedule_run()
+                self._pipeline.schedule_run()
+        except RuntimeError as error:  # images fail where their batch is taken
+            raise _fault(error) from error
 
     def _build(self, batch_size: int, depth: int) -> Any:
         from nvidia import dali
@@ -179,15 +206,6 @@ class _Batches:
             content = fn.external_source(name="content", dtype=types.UINT8, ndim=1)
             if self.stream.index.pieces is None:
                 content = fn.io.file.read(content)  # the content of what is fed is a path
-            # As the reference decodes: EXIF orientation is not applied. Fancy upsampling makes the GPU's decoder
-            # agree with libjpeg-turbo, which always does it.
-            width, height = self._usual_size()
-            gpu_options = {
-                "hw_decoder_load": self.options.hw_decoder_load,
-                "jpeg_fancy_upsampling": True,
-                "preallocate_width_hint": width,
-                "preallocate_height_hint": height,
-            }
             shape = fn.peek_image_shape(content, adjust_orientation=False)  # height, width, channels
             # Only what the windows can see is decoded. The limits are for an image that has shrunk since it was
             # indexed: DALI would read past its end. `_take` discards the result.
@@ -195,16 +213,22 @@ class _Batches:
             first = math.min(fn.external_source(name="start", dtype=types.INT32, ndim=1), sides - 1)
             last = math.max(math.min(fn.external_source(name="end", dtype=types.INT32, ndim=1), sides), first + 1)
             region = fn.cast(last - first, dtype=types.FLOAT)
-            image = fn.decoders.image_slice(
-                content,
-                start=first,
-                end=last,
-                axes=[0, 1],
-                device="mixed" if on_gpu else "cpu",
-                output_type=types.RGB,
-                adjust_orientation=False,
-                **(gpu_options if on_gpu else {}),
-            )
+            # As the reference decodes: EXIF orientation is not applied. Fancy upsampling makes the GPU's decoders agree
+            # with libjpeg-turbo, which always does it.
+            how: dict[str, Any] = {"output_type": types.RGB, "adjust_orientation": False, "device": "cpu"}
+            if on_gpu:
+                width, height = self._usual_size()
+                how |= {
+                    "device": "mixed",
+                    "hw_decoder_load": self.options.hw_decoder_load,
+                    "jpeg_fancy_upsampling": True,
+                    "preallocate_width_hint": width,
+                    "preallocate_height_hint": height,
+                }
+            if on_gpu and not decodes_regions():
+                image = fn.slice(fn.decoders.image(content, **how), start=first, end=last, axes=[0, 1])
+            else:
+                image = fn.decoders.image_slice(content, start=first, end=last, axes=[0, 1], **how)
             crops = []
             for number, view in enumerate(self.stream.views):
                 start = fn.external_source(name=f"start{number}", dtype=types.FLOAT, ndim=1)
@@ -226,46 +250,70 @@ class _Batches:
 
     def _usual_size(self) -> tuple[int, int]:
         """Width and height that the GPU's decoders allocate for at the start: without it their memory creeps up with
-        each larger image until there is none. A few giants are left out of the count."""
+        each larger image until there is none. One image in a hundred may be larger."""
         index = self.stream.index
-        return tuple(int(np.quantile(sides, 0.999)) for sides in (index.width, index.height))  # type: ignore[return-value]
+        return tuple(int(np.quantile(sides, 0.99)) for sides in (index.width, index.height))  # type: ignore[return-value]
 
     def _take(self, work: _Work) -> tuple[list[Tensor], list[int]]:
         """The next crops of the pipeline, G x uint8 [k, rows, size, size, 3] on the device, and the images among them
         that are no longer of the size that was indexed, so that their windows mean nothing."""
-        on_gpu = self.device.type == "cuda"
-        stream = torch.cuda.current_stream(self.device) if on_gpu else None
-        *outputs, shapes = self._pipeline.share_outputs(cuda_stream=stream)
-        count = len(work.rows)
-        if on_gpu:
-            crop_shapes = self._memory.shapes(count)
-            crops = [torch.empty(shape, dtype=torch.uint8, device=self.device) for shape in crop_shapes]
-        else:
-            crops = self._memory.crops(count)
-        of_views = [view for crop in crops for view in crop]
-        for view, output in zip(of_views, outputs, strict=True):
-            # A copy, though DALI says that its buffers outlive their release: not past the end of their pipeline.
-            view.copy_(torch.from_dlpack(output.as_tensor()))
-        sizes = np.array(shapes.as_tensor())[:, :2]  # [rows, 2]: height, width
+        stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
+        try:
+            *outputs, sides = self._pipeline.share_outputs(cuda_stream=stream)
+        except RuntimeError as error:
+            raise _Failed from error
+        # A copy, though DALI says that its buffers outlive their release: not past the end of their pipeline.
+        theirs = [torch.from_dlpack(output.as_tensor()) for output in outputs]
+        crops = self._memory.crops(len(work.rows), theirs[0].device)
+        for view, output in zip((view for crop in crops for view in crop), theirs, strict=True):
+            view.copy_(output)
+        sizes = np.array(sides.as_tensor())[:, :2]  # [rows, 2]: height, width
         self._pipeline.release_outputs()
         images = work.plan.image[work.rows]
         indexed = np.stack((self.stream.index.height[images], self.stream.index.width[images]), axis=1)
         return crops, images[(sizes != indexed).any(axis=1)].tolist()
 
-    def _culprits(self, work: _Work, error: RuntimeError) -> list[int]:
-        """The images of a failed batch that DALI cannot do."""
+    def _culprits(self, work: _Work, error: BaseException | None) -> list[int]:
+        """The images of a failed batch that DALI cannot do.
+
+        Raises:
+            LoaderError: it cannot do an image either that it can do, so it is no image's fault.
+        """
         culprits = []
-        for row in work.rows:
-            alone = self._build(1, depth=1)
-            try:
-                _feed(alone, self.stream, work.plan, [row])
-                alone.schedule_run()
-                alone.share_outputs()
-            except RuntimeError:
+        with tempfile.NamedTemporaryFile(suffix=".jpg") as file:
+            file.write(_good_image())
+            file.flush()
+            good = os.fsencode(file.name) if self.stream.index.pieces is None else _good_image()
+            alone = self._build_for_one()
+            for row in work.rows:
+                why = _why_failed(alone, lambda: _feed(alone, self.stream, work.plan, [row]))  # noqa: B023
+                if why is None:
+                    continue
+                if any(map(_OF_THE_MACHINE.search, _said(why))):
+                    raise _fault(why) from why
                 culprits.append(int(work.plan.image[row]))
+                if _why_failed(alone, lambda: _feed_good(alone, self.stream, good)) is not None:  # noqa: B023
+                    alone = self._build_for_one()  # DALI promises nothing for a pipeline that has failed
+                    if still := _why_failed(alone, lambda: _feed_good(alone, self.stream, good)):  # noqa: B023
+                        raise _fault(still) from still
         if not culprits:
-            raise error  # not an image's fault: out of memory, say
+            raise _fault(error) from error
         return culprits
+
+    def _build_for_one(self) -> Any:
+        try:
+            return self._build(1, depth=1)
+        except RuntimeError as error:
+            raise _fault(error) from error
+
+    def _refuse(self, images: list[int]) -> None:
+        """Leave images that DALI cannot do to the host, and say so: it is slow if there are many."""
+        for image in images:
+            self._refused += 1
+            if str(self._refused).strip("0") == "1":  # 1, 10, 100, ...
+                path = self.stream.index.path(image)
+                logger.warning(f"DALI cannot decode {self._refused} image(s) so far, the host does it; now {path}")
+        self._exclude(images)
 
     def _exclude(self, images: list[int]) -> None:
         """Leave images to the host, and feed all that was in flight again."""
@@ -288,13 +336,48 @@ class _Batches:
                 cuts = [view[done[row]] for view in of_views]
                 samples.append(Sample(int(plan.image[row]), plan.color[row], cuts))
             elif sample := load_row(stream, plan, row, position, replace=self.replace, bad=bad):
-                samples.append(sample)
-        batch = gather(stream, samples, bad)
-        return batch._replace(crops=[crop.to(self.device) for crop in batch.crops])
+                cuts = [on_device(cut, self.device) for cut in sample.crops]
+                samples.append(sample._replace(crops=cuts))
+        return gather(stream, samples, bad)
 
 
 def _untyped(module: Any) -> Any:
     return module
+
+
+def _why_failed(pipeline: Any, feed: Callable[[], None]) -> RuntimeError | None:
+    """Run one batch of a pipeline; DALI's error, None where it was done."""
+    try:
+        feed()
+        pipeline.schedule_run()
+        pipeline.share_outputs()
+        pipeline.release_outputs()
+    except RuntimeError as error:
+        return error
+    return None
+
+
+def _said(error: BaseException | None) -> list[str]:
+    """Lines of an error of DALI, without those of its traceback, whose paths may hold any word."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return [line for line in lines if line and not line.startswith("File ")]
+
+
+def _fault(error: BaseException | None) -> LoaderError:
+    lines = _said(error)
+    said = next((line for line in lines if _OF_THE_MACHINE.search(line)), lines[0] if lines else "no reason")
+    return LoaderError(f"data.backend=dali: DALI fails, and not for an image: {said[:200]}")
+
+
+@functools.cache
+def _good_image() -> bytes:
+    """A JPEG that can be decoded."""
+    return encode_jpeg(torch.full((3, 16, 16), 128, dtype=torch.uint8)).numpy().tobytes()
+
+
+def _feed_good(pipeline: Any, stream: Stream, content: bytes) -> None:
+    whole = np.array([[16, 16]])
+    _feed_windows(pipeline, [content], whole * 0, whole, [(whole * 0, whole)] * len(stream.views))
 
 
 def _feed(pipeline: Any, stream: Stream, plan: Plan, rows: list[int]) -> None:
@@ -303,17 +386,26 @@ def _feed(pipeline: Any, stream: Stream, plan: Plan, rows: list[int]) -> None:
         content = [index.location(image)[0] for image in images]
     else:
         content = [_content(index, image) for image in images]
-    pipeline.feed_input("content", [np.frombuffer(item, dtype=np.uint8) for item in content])
     # Only what the windows can see is decoded.
     sees = plan.sees[rows].astype(np.int32)  # [rows, V, 4]
     start, end = sees[:, :, :2].min(axis=1), sees[:, :, 2:].max(axis=1)
-    pipeline.feed_input("start", start)
-    pipeline.feed_input("end", end)
+    windows = []
     for number in range(len(stream.views)):
         window = plan.windows[rows, number]  # [rows, 4]: top, left, height, width
         first, last = window[:, :2] - start, window[:, :2] + window[:, 2:] - start
         flips = plan.flip[rows, number]
         first[flips, 1], last[flips, 1] = last[flips, 1], first[flips, 1]
+        windows.append((first, last))
+    _feed_windows(pipeline, content, start, end, windows)
+
+
+def _feed_windows(pipeline: Any, content: list[bytes], start: Any, end: Any, windows: list[tuple[Any, Any]]) -> None:
+    """One batch: paths or bytes, what is decoded of each image [rows, 2] to [rows, 2], and the window of each view in
+    that, whose ends are swapped where it is mirrored."""
+    pipeline.feed_input("content", [np.frombuffer(item, dtype=np.uint8) for item in content])
+    pipeline.feed_input("start", start.astype(np.int32))
+    pipeline.feed_input("end", end.astype(np.int32))
+    for number, (first, last) in enumerate(windows):
         pipeline.feed_input(f"start{number}", first.astype(np.float32))
         pipeline.feed_input(f"end{number}", last.astype(np.float32))
 
