@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from loaders.machine import compiles
 from loaders.sampler import BRIGHTNESS, CONTRAST, GRAY, HUE, ORDER, SATURATION, SIGMA, SOLARIZE
 from loaders.views import View
 
@@ -30,6 +31,8 @@ def augmenter(device: torch.device) -> Callable[..., Tensor]:
     """The form of `augment_batch` for a device: compiled on a GPU, image by image on a CPU."""
     if device.type == "cpu":
         return functools.partial(augment_batch, alone=True)
+    if not compiles(device):
+        return augment_batch
     return functools.partial(augment_batch, together=torch.compile(_together, dynamic=False))
 
 
@@ -48,6 +51,7 @@ def augment_batch(
     mean: Tensor,
     std: Tensor,
     *,
+    dtype: torch.dtype = torch.float32,
     alone: bool = False,
     together: Callable[..., Tensor] | None = None,
 ) -> Tensor:
@@ -58,11 +62,12 @@ def augment_batch(
         color: float32 [B, NUM_COLOR] from the sampler, on the same device.
         views: those that the images belong to: what none of them does is left out, and they bound the blur's kernel.
         mean, std: [3], on the same device, for images in [0, 1].
+        dtype: of the result; everything is computed in float32 and rounded once.
         alone: image by image, through what it drew only; it reads `color` on the host: for CPUs.
         together: compiled form of what runs on the whole batch.
 
     Returns:
-        float32 [B, 3, H, W], channels_last.
+        [B, 3, H, W], channels_last.
     """
     radius = math.ceil(3 * max(view.blur_sigma[1] for view in views)) if any(view.blur for view in views) else 0
     if not alone:
@@ -70,11 +75,11 @@ def augment_batch(
         gray, solarize = any(view.gray for view in views), any(view.solarize for view in views)
         # Evaluations, whose last batch has a size of its own, have nothing to fuse: they are not worth a compilation.
         form = together if together and (jitter or gray or radius or solarize) else _together
-        return form(images, color, jitter, gray, radius, solarize, mean, std)
+        return form(images, color, jitter, gray, radius, solarize, mean, std, dtype)
     x = _to_float(images)
     for image, drawn in zip(x, color.tolist(), strict=True):
         _augment_one(image, drawn, radius)
-    return _normalize(x, mean, std)
+    return _normalize(x, mean, std).to(dtype)
 
 
 def _to_float(images: Tensor) -> Tensor:
@@ -94,6 +99,7 @@ def _together(
     solarize: bool,
     mean: Tensor,
     std: Tensor,
+    dtype: torch.dtype,
 ) -> Tensor:
     x = _to_float(images)
     if jitter:
@@ -104,7 +110,7 @@ def _together(
         x = _blur(x, color[:, SIGMA], radius)
     if solarize:
         x = torch.where(x >= color[:, SOLARIZE, None, None, None], 1 - x, x)
-    return _normalize(x, mean, std)
+    return _normalize(x, mean, std).to(dtype)
 
 
 def _augment_one(image: Tensor, drawn: list[float], radius: int) -> None:

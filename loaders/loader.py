@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import pkgutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ import loaders
 from loaders import sources
 from loaders.augment import augmenter
 from loaders.config import Strict
-from loaders.contract import HostBatch, Options, Order
+from loaders.contract import HostBatch, Options, Order, on_device
 from loaders.errors import DataError
 from loaders.index import Index
 from loaders.machine import cores
@@ -163,8 +164,8 @@ ALONE = Place()
 class Batch(NamedTuple):
     """One micro-batch, ready for the network."""
 
-    views: list[Tensor]  # V x float32 [B, 3, size, size], normalized, channels_last, on the device; neighboring
-    # views of one size are adjacent in memory
+    views: list[Tensor]  # V x [B, 3, size, size], normalized, channels_last, on the device; neighboring views of one
+    # size are adjacent in memory
     label: Tensor  # int64 [B], on the device
     rows: Tensor  # int64 [B], rows of the index, on the host
 
@@ -172,24 +173,48 @@ class Batch(NamedTuple):
 class Loader:
     """Batches of one rank; endless for training, one pass for evaluation.
 
+    On a GPU all that happens to a batch happens in a stream of its own, beside the step before: copies, what the back
+    end does there, and the augmentation.
+
+    Args:
+        dtype: of the views, those of `run.amp`: half the bytes to write, and to read again.
+
     Attributes:
         bad: path -> reason of every image that was replaced or left out so far.
     """
 
     def __init__(
-        self, batches: Iterator[HostBatch], config: DataConfig, stream: Stream, device: torch.device, *, stops: bool
+        self,
+        batches: Iterator[HostBatch],
+        config: DataConfig,
+        stream: Stream,
+        device: torch.device,
+        *,
+        stops: bool,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self._batches, self._stream, self._device, self._stops = batches, stream, device, stops
         self._mean = torch.tensor(config.mean, device=device, dtype=torch.float32)
         self._std = torch.tensor(config.std, device=device, dtype=torch.float32)
-        self._augment = augmenter(device)
-        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._augment, self._dtype = augmenter(device), dtype
+        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.bad: dict[str, str] = {}
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
+        if self._side is None:
+            return self._next()
+        current = torch.cuda.current_stream(self._device)
+        with torch.cuda.stream(self._side):
+            batch = self._next()
+        current.wait_stream(self._side)
+        for tensor in (*batch.views, batch.label):
+            tensor.record_stream(current)  # its memory is the other stream's, and in use until this one is through
+        return batch
+
+    def _next(self) -> Batch:
         batch = next(self._batches)
         if batch.bad:
             if self._stops:
@@ -198,34 +223,17 @@ class Loader:
                     f"{path}: {reason}; remove or repair it, or set data.on_bad_image=replace to continue without it"
                 )
             self.bad.update(batch.bad)
-        batch = self._on_device(batch)
+        color, label = on_device(batch.color, self._device), on_device(batch.label, self._device)
         views: list[Tensor] = []
         for group, crops in zip(self._stream.groups, batch.crops, strict=True):
             # The views of one size are one batch of k·B images, with one call of every operator.
-            images = crops.flatten(0, 1)
-            drawn = batch.color[:, group].transpose(0, 1).flatten(0, 1)
+            images = on_device(crops, self._device).flatten(0, 1)
+            # A slice: a list of numbers as index of a CUDA tensor would wait for the device.
+            drawn = color[:, group[0] : group[-1] + 1].transpose(0, 1).flatten(0, 1)
             of_group = [self._stream.views[number] for number in group]
-            views += self._augment(images, drawn, of_group, self._mean, self._std).chunk(len(group))
-        return Batch(views, batch.label, batch.rows)
-
-    def _on_device(self, batch: HostBatch) -> HostBatch:
-        """The batch on the device; on a GPU its copy runs in a stream of its own, beside the step before."""
-        if self._copies is None:
-            return batch
-        with torch.cuda.stream(self._copies):
-            crops = [self._to_device(crop) for crop in batch.crops]
-            color, label = self._to_device(batch.color), self._to_device(batch.label)
-        current = torch.cuda.current_stream(self._device)
-        current.wait_stream(self._copies)
-        for tensor in (*crops, color, label):
-            tensor.record_stream(current)  # its memory is the other stream's, and in use until this one is through
-        return batch._replace(crops=crops, color=color, label=label)
-
-    def _to_device(self, tensor: Tensor) -> Tensor:
-        # Only a copy from pinned memory leaves the host free to continue.
-        if self._device.type == "cuda" and not tensor.is_cuda and not tensor.is_pinned():
-            tensor = tensor.pin_memory()
-        return tensor.to(self._device, non_blocking=True)
+            augmented = self._augment(images, drawn, of_group, self._mean, self._std, dtype=self._dtype)
+            views += augmented.chunk(len(group))
+        return Batch(views, label, batch.rows)
 
     def close(self) -> None:
         """Free the back end's threads, processes and memory."""
@@ -268,9 +276,22 @@ def warnings(config: DataConfig, local_world_size: int) -> list[str]:
     return config.options.warnings(config.views, config.micro_batch, workers)
 
 
-def open_train(config: DataConfig, index: Index, *, seed: int, step: int = 0, place: Place = ALONE) -> Loader:
+def notes(config: DataConfig, device: torch.device) -> list[str]:
+    """What a run should say once of how its images are read on this device."""
+    return config.options.notes(device)
+
+
+def open_train(
+    config: DataConfig,
+    index: Index,
+    *,
+    seed: int,
+    step: int = 0,
+    place: Place = ALONE,
+    dtype: torch.dtype | None = None,
+) -> Loader:
     """Endless training batches of one rank from optimizer step `step` on, `batch_size / (micro_batch ·
-    world_size)` of them per step.
+    world_size)` of them per step; views in `dtype`, float32 by default.
 
     Raises:
         DataError: the back end is not installed.
@@ -282,7 +303,29 @@ def open_train(config: DataConfig, index: Index, *, seed: int, step: int = 0, pl
         world_size=place.world_size,
         step=step,
     )
-    return _open(config, Stream(index, config.views, seed), positions, place, training=True)
+    return _open(config, Stream(index, config.views, seed), positions, place, training=True, dtype=dtype)
+
+
+def open_resident(
+    config: DataConfig, index: Index, *, count: int, seed: int, place: Place = ALONE, dtype: torch.dtype | None = None
+) -> Loader:
+    """`open_train` over the crops of its first `count` micro-batches, which stay on the device and take turns: only the
+    augmentation is done anew each time. For benchmarks."""
+    loader = open_train(config, index, seed=seed, place=place, dtype=dtype)
+    batches = [next(loader._batches) for _ in range(count)]
+    loader.close()
+    kept = [
+        batch._replace(
+            crops=[on_device(crop, place.device) for crop in batch.crops],
+            color=on_device(batch.color, place.device),
+            label=on_device(batch.label, place.device),
+        )
+        for batch in batches
+    ]
+    if place.device.type == "cuda":
+        torch.cuda.synchronize(place.device)  # copied in this stream, used in the loader's
+    loader._batches = itertools.cycle(kept)
+    return loader
 
 
 def open_eval(config: DataConfig, index: Index, *, rows: Sequence[int] | None = None, place: Place = ALONE) -> Loader:
@@ -299,7 +342,13 @@ def open_eval(config: DataConfig, index: Index, *, rows: Sequence[int] | None = 
 
 
 def _open(
-    config: DataConfig, stream: Stream, positions: Iterable[list[int]], place: Place, *, training: bool
+    config: DataConfig,
+    stream: Stream,
+    positions: Iterable[list[int]],
+    place: Place,
+    *,
+    training: bool,
+    dtype: torch.dtype | None = None,
 ) -> Loader:
     order = Order(
         stream,
@@ -309,4 +358,5 @@ def _open(
         device=place.device,
     )
     batches = config.options.batches(order)
-    return Loader(batches, config, stream, place.device, stops=training and config.on_bad_image == "stop")
+    stops = training and config.on_bad_image == "stop"
+    return Loader(batches, config, stream, place.device, stops=stops, dtype=dtype or torch.float32)

@@ -121,6 +121,7 @@ def test_phases_cover_the_step(tmp_path, monkeypatch):
             "student": 4000.0,
             "backward": 2000.0,
             "optimizer": 1000.0,
+            "augment": 4000.0,  # of other steps; it looks once more, for the share of waiting
         }
         assert timing.step_ms == {"median": 27_000.0, "p10": 27_000.0, "p90": 27_000.0}
         assert timing.noise == 0 and timing.times_reference == [1.0, 1.0]
@@ -229,13 +230,39 @@ def test_phases_add_up(monkeypatch):
 
 
 def test_verdicts():
-    def of(with_loader, alone):
-        speeds = {"resident": 100.0, "with_loader": with_loader, "loader_alone": alone}
-        return verdict(WithLoader("eager", "turbo", speeds, with_loader / 100, {}, {}))
+    def of(with_loader, alone, augmented=100.0, noise=0.0):
+        speeds = {
+            "resident": 100.0, "augmented": augmented, "with_loader": with_loader, "loader_alone": alone
+        }  # fmt: skip
+        return verdict(WithLoader("eager", "turbo", speeds, with_loader / 100, noise, 1.0, {}, {}))
 
     assert of(98.0, 300.0).startswith("compute-bound") and "3.00 times" in of(98.0, 300.0)
+    # What the augmentation costs is no fault of the loader, and what is noise is nobody's.
+    assert of(90.0, 300.0, augmented=92.0).startswith("compute-bound") and "takes 8 %" in of(90.0, 300.0, 92.0)
+    assert of(90.0, 300.0, noise=0.12).startswith("compute-bound")
     assert of(60.0, 61.0).startswith("loader-bound")
     assert of(90.0, 300.0).startswith("feed-bound")
+
+
+def test_a_variant_that_cannot_be_run_does_not_cost_the_others(tmp_path, monkeypatch):
+    recipe = tiny("burn_stage2.yaml", tmp_path)
+    monkeypatch.setattr(step_bench, "variants", eager_variants)
+    honest, kept = step_bench._warm_up, []
+
+    def warm_up(variant, *rest):
+        if variant.name == "eager":
+            raise RuntimeError("no compiler\nand more")
+        return honest(variant, *rest)
+
+    monkeypatch.setattr(step_bench, "_warm_up", warm_up)
+    result = measure(
+        recipe, "step", steps=1, rounds=2, warm_up=1, checks=False, keep=lambda r: kept.append(len(r.variants))
+    )
+    assert result.failed == {"eager": "no compiler"} and set(result.variants) == {"reference"}
+    assert "eager could not be run: no compiler" in table(result) and kept == [1, 1, 1]
+    monkeypatch.setattr(step_bench, "_warm_up", honest)
+    result = measure(recipe, "step", steps=1, rounds=1, warm_up=1, checks=False, only=["nothing"])
+    assert set(result.variants) == {"reference"}
 
 
 def test_quantiles():
@@ -247,6 +274,7 @@ def test_resident_batches_take_turns(tmp_path):
     batches = Resident(recipe, CPU)
     taken = [next(batches).views[0] for _ in range(5)]
     assert taken[0] is taken[4] and not torch.equal(taken[0], taken[1])
+    assert next(Resident(recipe, CPU, dtype=torch.bfloat16)).views[0].dtype == torch.bfloat16
 
 
 # ------------------------------------------------------------------------------------------------ cost

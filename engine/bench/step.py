@@ -8,7 +8,7 @@ ratios mean something and no verdict is given.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 import loaders
-from engine import dist
-from engine.bench.clock import Ceilings, Phases, ceilings, median_range, quantiles
+from engine import dist, faults
+from engine.bench.clock import Ceilings, Phases, ceilings, cpu_seconds, median_range, quantiles
 from engine.bench.variants import Resident, Variant, gate, half_way, variants
 from engine.dist import World
+from engine.errors import first_line
 from engine.log import duration, logger
 from engine.provenance import environment
 from engine.recipe import Recipe
@@ -31,6 +32,8 @@ from models.backbones import backbones_of
 
 MOST_NOISE = 0.2
 """Share by which two halves of a variant's steps may differ; above it no ratio is worth printing."""
+LEAST_GAP = 0.03
+"""Share of the speed below which a difference is nobody's fault."""
 
 
 class _Timed(nn.Module):
@@ -71,7 +74,9 @@ class Running:
         self.trainer = variant.trainer(world)
         self.phases = Phases(world.device)
         self.trainer.mark = self.phases.mark
-        self.resident = Resident(variant.recipe, world.device)
+        # As the loader hands views over; the release casts them in each network.
+        dtype = None if variant.is_reference else self.trainer.amp_dtype
+        self.resident = Resident(variant.recipe, world.device, dtype=dtype)
         self.blocks: list[list[dict[str, float]]] = []
         """For each round, milliseconds by phase of each step."""
 
@@ -85,6 +90,26 @@ class Running:
         return self.phases.read()
 
 
+class Augmented:
+    """Batches of resident crops, each augmented anew, as a phase of its own: on a GPU what the step waits for it."""
+
+    def __init__(self, running: Running) -> None:
+        trainer = running.trainer
+        data, place = trainer.recipe.data, trainer.world.place
+        index = trainer.indices["train"]
+        self._mark = running.phases.mark
+        self._loader = loaders.open_resident(
+            data, index, count=1, seed=trainer.recipe.seed, place=place, dtype=trainer.amp_dtype
+        )
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        self._mark("augment")
+        return next(self._loader)
+
+
 def images_per_second(recipe: Recipe, world: World, *, warm_up: int, steps: int) -> float:
     """Speed of a recipe's step, unchanged, all ranks together, on batches that stay on the device."""
     running = Running(Variant("as it stands", "", recipe), world)
@@ -96,20 +121,20 @@ def saved_bytes(trainer: Trainer, batch: Batch) -> int:
     """Bytes that one forward pass keeps for the backward, besides parameters and images."""
     views = trainer.inputs(batch)
     given = (*trainer.method.parameters(), *trainer.method.buffers(), *views)
-    there = {tensor.untyped_storage().data_ptr() for tensor in given}
-    storages: dict[int, int] = {}
+    there = {tensor.untyped_storage()._cdata for tensor in given}
+    storages: dict[int, tuple[int, Any]] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in there:
-            storages[storage.data_ptr()] = storage.nbytes()
+        if storage._cdata not in there:
+            storages[storage._cdata] = storage.nbytes(), storage  # held, so that no other gets its address
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         with trainer.autocast():
             loss = trainer.method(views, batch.label, half_way(trainer))["loss"]
     del loss
-    return sum(storages.values())
+    return sum(size for size, _ in storages.values())
 
 
 def kernels(running: Running) -> int | None:
@@ -144,12 +169,17 @@ class Timing:
 
 @dataclass
 class WithLoader:
-    """The fastest variant fed by the recipe's loader, by resident batches, and the loader with nothing behind it."""
+    """The fastest variant fed by the recipe's loader, by resident views, by resident crops that are augmented, and the
+    loader with nothing behind it."""
 
     variant: str
     backend: str
     images_per_second: dict[str, float]
     with_loader_over_resident: float
+    noise: float
+    """What two halves of the augmented steps differ by, as a share."""
+    cores: float
+    """CPU cores busy, of all processes of this rank, with the loader."""
     step_ms: dict[str, float]
     load_ms: dict[str, float]
 
@@ -171,12 +201,24 @@ class Result:
     gflop_per_image: float
     predicted: dict[str, float]
     variants: dict[str, Timing] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+    """Variant -> why it could not be run."""
     train: WithLoader | None = None
     verdict: str = ""
     environment: dict[str, Any] = field(default_factory=environment)
 
 
-def measure(recipe: Recipe, mode: str, *, steps: int = 8, rounds: int = 4, warm_up: int = 4) -> Result:
+def measure(
+    recipe: Recipe,
+    mode: str,
+    *,
+    steps: int = 8,
+    rounds: int = 4,
+    warm_up: int = 4,
+    checks: bool = True,
+    only: Sequence[str] = (),
+    keep: Callable[[Result], None] = lambda result: None,
+) -> Result:
     """Time the step of a recipe.
 
     Args:
@@ -184,20 +226,31 @@ def measure(recipe: Recipe, mode: str, *, steps: int = 8, rounds: int = 4, warm_
         steps: of each variant in each round.
         rounds: of all variants.
         warm_up: steps of each variant before timing, in which it is compiled.
+        checks: compare the variants in float64 first.
+        only: names of variants, all by default; the reference is always among them.
+        keep: called with what is measured so far after each round.
 
     Raises:
         NotEqual: a variant computes something other than the reference.
     """
-    world = dist.start(recipe.run.device, recipe.run.timeout_seconds)
-    try:
-        return _measure(recipe, mode, world, steps, rounds, warm_up)
-    finally:
-        dist.stop()
+    with dist.group(recipe.run.device, recipe.run.timeout_seconds) as world:
+        chosen = variants(recipe, world.device)
+        chosen = [variant for variant in chosen if not only or variant.is_reference or variant.name in only]
+        return _measure(recipe, mode, world, chosen, steps, rounds, warm_up, checks, keep)
 
 
-def _measure(recipe: Recipe, mode: str, world: World, steps: int, rounds: int, warm_up: int) -> Result:
+def _measure(
+    recipe: Recipe,
+    mode: str,
+    world: World,
+    chosen: list[Variant],
+    steps: int,
+    rounds: int,
+    warm_up: int,
+    checks: bool,
+    keep: Callable[[Result], None],
+) -> Result:
     device = world.device
-    chosen = variants(recipe, device)
     method, sizes = methods.on_meta(recipe.method), [view.size for view in recipe.data.views]
     flops = cost.training_flops(method, sizes)
     logger.info(f"{recipe.name}: {len(chosen)} variants of the step on {device}: {', '.join(v.name for v in chosen)}")
@@ -211,7 +264,7 @@ def _measure(recipe: Recipe, mode: str, world: World, steps: int, rounds: int, w
         micro_batch=recipe.data.micro_batch,
         amp=chosen[0].recipe.run.amp,
         ceilings=ceilings(device),
-        largest_difference_in_float64=gate(chosen, world),
+        largest_difference_in_float64=gate(chosen, world) if checks else {},
         gflop_per_image=flops / 1e9,
         predicted=cost.predictions(flops, cost.eager_traffic(method, sizes)),
     )
@@ -220,7 +273,15 @@ def _measure(recipe: Recipe, mode: str, world: World, steps: int, rounds: int, w
         started = time.perf_counter()
         how = "compiling and warming up" if variant.recipe.run.compile else "warming up"
         logger.info(f"{how} {variant.name} ({number} of {len(chosen)})")
-        one, numbers = _warm_up(variant, world, warm_up)
+        try:
+            one, numbers = _warm_up(variant, world, warm_up)
+        except Exception as error:
+            # One that does not compile, or does not fit beside the others, must not cost the rest.
+            if variant.is_reference or world.world_size > 1 or faults.is_lost(error):
+                raise
+            result.failed[variant.name] = first_line(error)
+            logger.warning(f"{variant.name} cannot be run: {first_line(error)}")
+            continue
         running.append(one)
         details.append(numbers)
         logger.info(f"{variant.name} is ready after {duration(time.perf_counter() - started)}")
@@ -228,14 +289,20 @@ def _measure(recipe: Recipe, mode: str, world: World, steps: int, rounds: int, w
         logger.info(f"timing round {number + 1} of {rounds}")
         for one in running:
             one.blocks.append(one.run(steps))
-    for one, numbers in zip(running, details, strict=True):
-        result.variants[one.variant.name] = _timing(one, running[0], result, numbers)
+        for one, numbers in zip(running, details, strict=True):
+            result.variants[one.variant.name] = _timing(one, running[0], result, numbers)
+        keep(result)
+    logger.info("timing the augmentation")
+    for one in running:
+        fed = one.run(steps, Augmented(one))
+        result.variants[one.variant.name].phases_ms["augment"] = median(step["augment"] for step in fed)
     if mode == "train":
         fastest = max(
             running, key=lambda one: result.variants[one.variant.name].images_per_second * one.variant.same_maths
         )
         result.train = _with_loader(recipe, fastest, world, steps, rounds, warm_up)
         result.verdict = verdict(result.train) if device.type == "cuda" else "none: a CPU's times are ratios only"
+    keep(result)
     return result
 
 
@@ -278,7 +345,10 @@ def _timing(one: Running, reference: Running, result: Result, numbers: dict[str,
 
 
 def _noise(one: Running) -> float | None:
-    times = [sum(step.values()) for block in one.blocks for step in block]
+    return _between_halves([sum(step.values()) for block in one.blocks for step in block])
+
+
+def _between_halves(times: list[float]) -> float | None:
     half = len(times) // 2
     if not half:
         return None
@@ -295,15 +365,21 @@ def _paired_ratios(slow: list[list[dict[str, float]]], fast: list[list[dict[str,
 def _with_loader(recipe: Recipe, one: Running, world: World, steps: int, rounds: int, warm_up: int) -> WithLoader:
     batch, micro_steps = recipe.data.batch_size, one.trainer.micro_steps
     index = loaders.open_data(recipe.data, "train")
-    loader = loaders.open_train(recipe.data, index, seed=recipe.seed, place=world.place)
+    loader = loaders.open_train(recipe.data, index, seed=recipe.seed, place=world.place, dtype=one.trainer.amp_dtype)
+    crops = Augmented(one)
     resident: list[float] = []
+    augmented: list[float] = []
     fed: list[dict[str, float]] = []
     alone: list[float] = []
+    busy: list[float] = []
     one.run(warm_up, loader)
     for number in range(rounds):
         logger.info(f"with and without the loader, round {number + 1} of {rounds}")
         resident += [sum(step.values()) for step in one.run(steps)]
+        augmented += [sum(step.values()) for step in one.run(steps, crops)]
+        cpu, started = cpu_seconds(), time.perf_counter()
         fed += one.run(steps, loader)
+        busy.append((cpu_seconds() - cpu) / (time.perf_counter() - started))
     for _ in range(rounds):
         started = time.perf_counter()
         for _ in range(steps * micro_steps):
@@ -314,6 +390,7 @@ def _with_loader(recipe: Recipe, one: Running, world: World, steps: int, rounds:
     loader.close()
     speeds = {
         "resident": 1000 * batch / median(resident),
+        "augmented": 1000 * batch / median(augmented),
         "with_loader": 1000 * batch / median(sum(step.values()) for step in fed),
         "loader_alone": 1000 * batch / median(alone),
     }
@@ -322,21 +399,32 @@ def _with_loader(recipe: Recipe, one: Running, world: World, steps: int, rounds:
         backend=recipe.data.backend,
         images_per_second=speeds,
         with_loader_over_resident=speeds["with_loader"] / speeds["resident"],
+        noise=_between_halves(augmented) or 0.0,
+        cores=median(busy),
         step_ms=quantiles([sum(step.values()) for step in fed]),
         load_ms=quantiles([step["load"] for step in fed]),
     )
 
 
 def verdict(measured: WithLoader) -> str:
-    """What to make faster: the loader, the transfer of its batches, or the computation."""
+    """What to make faster: the loader, the transfer of its batches, or the computation.
+
+    The measure is the same step on crops that lie on the device: whatever is slower than that by more than
+    `LEAST_GAP`, or than what this measurement's own halves differ by, is the loader's doing.
+    """
     speed = measured.images_per_second
-    if measured.with_loader_over_resident >= 0.97:
-        return f"compute-bound: the loader could feed {speed['loader_alone'] / speed['resident']:.2f} times as much"
-    if speed["loader_alone"] < 0.95 * speed["resident"]:
+    gap = max(LEAST_GAP, measured.noise)
+    if speed["with_loader"] >= (1 - gap) * speed["augmented"]:
+        share = 1 - speed["augmented"] / speed["resident"]
         return (
-            f"loader-bound: {speed['loader_alone']:.0f} images/s alone against {speed['resident']:.0f} of computation"
+            f"compute-bound: the loader could feed {speed['loader_alone'] / speed['resident']:.2f} times as much; the "
+            f"augmentation takes {100 * max(share, 0.0):.0f} % of the step"
         )
-    return "feed-bound: the loader is fast enough, copying, augmenting or waiting for the host is not"
+    if speed["loader_alone"] < (1 - gap) * speed["augmented"]:
+        return (
+            f"loader-bound: {speed['loader_alone']:.0f} images/s alone against {speed['augmented']:.0f} of computation"
+        )
+    return "feed-bound: the loader is fast enough, copying or waiting for the host is not"
 
 
 def table(result: Result) -> str:
@@ -376,6 +464,7 @@ def table(result: Result) -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", *(f"{name}: {timing.what}" for name, timing in result.variants.items())]
+    lines += [f"{name} could not be run: {why}" for name, why in result.failed.items()]
     if any(timing.times_reference is None for timing in result.variants.values()):
         lines.append(
             f"too noisy: two halves of the steps differ by more than {100 * MOST_NOISE:.0f} %, so no ratio is given; "
@@ -388,8 +477,9 @@ def table(result: Result) -> str:
         lines += [
             "",
             f"{train.variant} with loader {train.backend}: {speed['with_loader']:.1f} images/s, "
-            f"{speed['resident']:.1f} on resident batches ({100 * train.with_loader_over_resident:.0f} %), "
-            f"the loader alone {speed['loader_alone']:.1f}",
+            f"{speed['augmented']:.1f} on resident crops, {speed['resident']:.1f} on resident views "
+            f"({100 * train.with_loader_over_resident:.0f} %), the loader alone {speed['loader_alone']:.1f}; "
+            f"{train.cores:.1f} cores busy on each rank",
             f"verdict: {result.verdict}",
         ]
     return "\n".join(lines)

@@ -89,6 +89,9 @@ def variants(recipe: Recipe, device: torch.device) -> list[Variant]:
         combined = changed(compile=True, compile_options=options, channels_last=True, kernels="torch")
         found.append(Variant("combo", "and small kernels of one kind made one, those of all weights too", combined))
     best = found[-1] if device.type == "cuda" else found[2]
+    if torch.distributed.is_initialized():
+        whole = changed(compile=True, channels_last=True, kernels="torch", optimize_ddp=False)
+        found.append(Variant("one graph", "compiled, but not cut where gradients are reduced", whole))
     if any(network.fusable for network in recipe.method.networks.values()):
         fused = changed(compile=True, channels_last=True, kernels="fused")
         found.append(Variant("fused", "and half-blocks of the binary network in one pass", fused))
@@ -127,16 +130,18 @@ def _quiet() -> Iterator[None]:
 
 
 class Resident:
-    """Batches of noise that stay on the device, in turn."""
+    """Batches of noise that stay on the device, in turn; views in `dtype`, float32 or wider by default."""
 
-    def __init__(self, recipe: Recipe, device: torch.device, images: int | None = None) -> None:
+    def __init__(
+        self, recipe: Recipe, device: torch.device, images: int | None = None, dtype: torch.dtype | None = None
+    ) -> None:
         size = images or recipe.data.micro_batch
         generator = torch.Generator(device).manual_seed(recipe.seed)
         layout = torch.channels_last if recipe.run.channels_last else torch.contiguous_format
         batches = []
         for _ in range(ROTATING):
             views = [
-                torch.randn(size, 3, v.size, v.size, generator=generator, device=device).to(memory_format=layout)
+                torch.randn(size, 3, v.size, v.size, generator=generator, device=device).to(dtype, memory_format=layout)
                 for v in recipe.data.views
             ]
             label = torch.randint(recipe.method.classes or 10, (size,), generator=generator, device=device)
