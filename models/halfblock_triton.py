@@ -174,13 +174,13 @@ def _input_kernel(du_ptr, c_ptr, dc_ptr, k0_ptr, k1_ptr, k2_ptr, M, C, BM: tl.co
 
 
 @triton.jit
-def _weight_kernel(table_ptr, sign_ptr, scale_ptr, BLOCK: tl.constexpr):
+def _weight_kernel(table_ptr, sign_ptr, scale_ptr, longest, BLOCK: tl.constexpr):
     row = tl.program_id(0)
     weight_ptr = tl.load(table_ptr + 3 * row).to(tl.pointer_type(tl.float32))
     length = tl.load(table_ptr + 3 * row + 1)
     first = tl.load(table_ptr + 3 * row + 2)
     total = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, length, BLOCK):
+    for start in range(0, longest, BLOCK):  # of all rows: a bound that was loaded is not one for the interpreter
         places = start + tl.arange(0, BLOCK)
         mask = places < length
         w = tl.load(weight_ptr + places, mask=mask, other=0.0)
@@ -286,5 +286,6 @@ def weight_signs(weights: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Ten
         _TABLES[key] = torch.tensor(table, dtype=torch.int64, device=weights[0].device)
     signs = torch.empty(sum(weight.numel() for weight in weights), dtype=dtype, device=weights[0].device)
     scales = torch.empty(rows, dtype=torch.float32, device=weights[0].device)
-    _weight_kernel[(rows,)](_TABLES[key], signs, scales, BLOCK=TILE)
+    longest = max(weight[0].numel() for weight in weights)
+    _weight_kernel[(rows,)](_TABLES[key], signs, scales, longest, BLOCK=TILE)
     return signs, scales

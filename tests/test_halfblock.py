@@ -244,7 +244,8 @@ def test_a_step_through_the_kernels_by_the_interpreter():
 
 
 def machine_code():
-    """Compile every kernel for sm_90 without a GPU; registers, spills and 16-byte accesses."""
+    """Compile every kernel without a GPU; registers, spills and 16-byte accesses. In every form for
+    sm_90, in the largest for sm_80 and sm_100."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -277,7 +278,8 @@ def machine_code():
         for quadratic in (False, True)
     ]
     plan += [(kernels._weight_kernel, {"BLOCK": kernels.TILE})]
-    for kernel, flag in plan:
+    others = [(80, *item) for item in plan[-3:]] + [(100, *item) for item in plan[-3:]]
+    for capability, kernel, flag in [*((90, *item) for item in plan), *others]:
         constants = flag if "BLOCK" in flag else {**flag, "BM": bm, "BC": bc}
         names = kernel.arg_names
         signature = {
@@ -291,7 +293,7 @@ def machine_code():
                 constexprs={(names.index(n),): value for n, value in constants.items()},
                 attrs={(i,): [["tt.divisibility", 16]] for i in divisible},
             ),
-            target=GPUTarget("cuda", 90, 32),
+            target=GPUTarget("cuda", capability, 32),
             options={"num_warps": 4},
         )
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -305,7 +307,7 @@ def machine_code():
         registers = int(re.search(r"REG:(\d+)", usage)[1])
         spilled = len(re.findall(r"\b(?:LDL|STL)", code))
         wide = len(re.findall(r"(?:LDG|STG)\.E[^ ]*128", code))
-        print(kernel.__name__, flag, "registers", registers, "spilled", spilled, "16-byte accesses", wide)
+        print(capability, kernel.__name__, flag, "registers", registers, "spilled", spilled, "16-byte accesses", wide)
         assert registers <= (168 if kernel is kernels._sums_kernel else 128), (kernel.__name__, flag, registers)
         assert spilled == 0, (kernel.__name__, flag)
         # The rows of weights start where they start: the table's addresses promise nothing.
@@ -313,7 +315,7 @@ def machine_code():
 
 
 @pytest.mark.slow
-def test_machine_code_for_hopper(tmp_path):
+def test_machine_code(tmp_path):
     dump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     if not os.access(dump, os.X_OK):
         pytest.skip("this Triton brings no cuobjdump")
