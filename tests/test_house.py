@@ -194,6 +194,48 @@ def test_tests_that_documents_name_exist():
         assert f"def {name}(" in everything, name
 
 
+# ------------------------------------------------------------------------------------------------ GPUs and ranks
+
+_ASKS = re.compile(
+    r"""\.type [!=]= "cuda"|is_cuda\b|torch\.cuda\.|world_size (?:>|==|<) 1|is_initialized\(\)|is_grouped\(\)"""
+    r"""|has_kernels\(|compiles\(|if on_gpu|self\._cuda\b|_side is None"""
+)
+
+
+def asking(path):
+    """Functions of a file that ask whether they are on a GPU, or whether there is more than one rank."""
+    text = path.read_text()
+    functions = []
+
+    def walk(node, prefix):
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.FunctionDef | ast.ClassDef):
+                if isinstance(child, ast.FunctionDef):
+                    functions.append((child.lineno, child.end_lineno, f"{prefix}{child.name}"))
+                walk(child, f"{prefix}{child.name}.")
+
+    walk(ast.parse(text), "")
+    for number, line in enumerate(text.splitlines(), 1):
+        if _ASKS.search(line) and not line.strip().startswith(("#", '"""', "def ", "|")):
+            around = [function for function in functions if function[0] <= number <= function[1]]
+            if around:
+                yield max(around)[2]
+
+
+def test_every_branch_of_gpus_and_ranks_is_listed_with_what_reaches_it():
+    found = {
+        (str(path.relative_to(ROOT)), name)
+        for room in (*ROOMS, "tools")
+        for path in (ROOT / room).rglob("*.py")
+        for name in asking(path)
+    }
+    rows = re.findall(r"^\| `([\w/]+\.py)` \| ([\w., ]+) \| (.+) \|$", (ROOT / "docs/gpu.md").read_text(), re.M)
+    listed = {(file, name) for file, names, _ in rows for name in names.split(", ")}
+    assert found - listed == set(), "add to docs/gpu.md what reaches these"
+    assert listed - found == set(), "these ask no more"
+    assert len(rows) > 30 and all("`test_" in reached or "alone" in reached for _, _, reached in rows)
+
+
 # ------------------------------------------------------------------------------------------------ recipe keys
 
 
