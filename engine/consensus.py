@@ -9,6 +9,7 @@ next meeting or, where a collective holds them, in a thread of their own, and ev
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import sys
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from engine.errors import Ended, MachineError, Stopped, first_line, own
+from engine.errors import Ended, LostRank, MachineError, Stopped, first_line, own
 
 DEADLINE = 10.0
 """Seconds from the news of an ending to the end of the process, however stuck it is."""
@@ -28,6 +29,8 @@ SAVING = 60.0
 """Seconds that saving may take beyond that."""
 UNANSWERED = 8.0
 """Seconds after a signal that a rank waits for others that do not answer."""
+SILENT = 30.0
+"""Seconds without a sign of life after which a rank that others wait for is given up."""
 CLAIM = 2.0
 """Seconds that the other ranks leave to rank 0, whose buffers are those of a checkpoint, to say that it saves."""
 _POLL = 0.25
@@ -153,13 +156,15 @@ class Consensus:
                 came = self._ask(lambda: self._store.add(key, 0), heeds_ending=False)
             return came % _FLAG == self.world_size
 
-        self._wait(are_here, lambda: self._missing(key))
+        self._wait(are_here, lambda: self._missing(key), watched=True)
         if self.rank == 0 and self._meetings > 1:  # all have left it
             self._ask(lambda: self._store.delete_key(f"meeting/{self._meetings - 1}"))
         return came // _FLAG**2 > 0, came // _FLAG % _FLAG > 0
 
-    def _wait(self, is_done: Callable[[], bool], for_whom: Callable[[], str]) -> None:
+    def _wait(self, is_done: Callable[[], bool], for_whom: Callable[[], str], *, watched: bool = False) -> None:
         started, pause, signaled = time.monotonic(), 0.0, None
+        beats: dict[int, tuple[int, float]] = {}  # rank -> its beats, and since when there were no more
+        looked = started
         while not is_done():
             time.sleep(pause)
             pause = min(1.3 * pause + 1e-5, 0.01)
@@ -170,6 +175,14 @@ class Consensus:
                 signaled = waited
             if signaled is not None and waited - signaled > UNANSWERED:
                 raise Stopped(f"stopped by a signal; {for_whom()} did not answer")
+            if watched and time.monotonic() - looked > 1:
+                looked = time.monotonic()
+                for rank in range(self.world_size):
+                    count = self._ask(functools.partial(self._store.add, f"beat/{rank}", 0))
+                    if rank not in beats or beats[rank][0] != count:
+                        beats[rank] = count, looked
+                    elif looked - beats[rank][1] > SILENT:
+                        raise LostRank(f"rank {rank} is gone: no sign of life for {SILENT:.0f} s")
             if waited > self.patience:
                 raise MachineError(f"rank {self.rank}: {for_whom()} did not answer for {self.patience:.0f} s")
 
@@ -193,7 +206,7 @@ class Consensus:
     def _ended(self, ending: Ending) -> BaseException:
         """What to raise at a meeting that will not take place."""
         if ending.rank == self.rank:  # what is left of a group whose store is gone
-            return MachineError(ending.text)
+            return LostRank(ending.text)
         return Ended(ending.code, ending.text)
 
     # -------------------------------------------------------------------------------------------- the end
@@ -233,7 +246,7 @@ class Consensus:
             while time.monotonic() < deadline and not self._store.check(["saver"]):
                 time.sleep(_POLL / 5)
             return int(self._store.compare_set("saver", "", str(self.rank))) == self.rank
-        except RuntimeError:  # the store has gone with rank 0, or with the launcher
+        except RuntimeError:  # the store has gone with rank 0, which could not save, or with the launcher
             has_saved = self.ending.rank == 0 and self.ending.is_whole
             return self.rank == self._lost().rank and not has_saved
 
@@ -285,6 +298,7 @@ class Consensus:
         """Learn of an ending whatever the main thread is doing, and see to it that the process ends."""
         while not self._closed.wait(_POLL):
             try:
+                store.add(f"beat/{self.rank}", 1)
                 if not store.check([_KEY]):
                     continue
                 self.ending = self.ending or Ending(*json.loads(store.get(_KEY)))
@@ -319,8 +333,8 @@ class Consensus:
         os._exit(self.ending.code if self.ending else 1)
 
     def _lost(self) -> Ending:
-        # torchrun's agent holds the store; started by hand, rank 0 does, and the next one speaks and saves.
+        # torchrun's agent holds the store; started by hand, rank 0 does, and the next one speaks.
         by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         who, rank = ("the launcher", 0) if by_agent else ("rank 0", 1)
         self._others_listen = False
-        return Ending(rank, MachineError.exit_code, f"{who} is gone, with the store that the ranks meet in", True, True)
+        return Ending(rank, LostRank.exit_code, f"{who} is gone, with the store that the ranks meet in", False, True)

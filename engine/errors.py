@@ -69,6 +69,10 @@ class MachineError(EngineError):
     exit_code = 6
 
 
+class LostRank(MachineError):
+    """Another rank is gone without a word, and with it a part of what a checkpoint holds; nothing is saved after it."""
+
+
 class NotFinite(EngineError):
     """A loss, a gradient or the network is not finite; nothing was saved after it."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from engine import dist
-from engine.errors import MachineError, first_line
+from engine.errors import LostRank, MachineError, first_line
 from engine.precision import DTYPES
 from engine.recipe import Recipe
 from loaders import machine
@@ -25,7 +25,7 @@ def fault(error: BaseException, recipe: Recipe, device: torch.device) -> Machine
     if is_lost(error):
         return MachineError(f"{device}: {said}; the GPU's state is lost, start again with --resume")
     if dist.is_connection(error):
-        return MachineError(f"another rank is gone, and with it the connection ({said[:160]}); its own log says why")
+        return LostRank(f"another rank is gone, and with it the connection ({said[:160]}); its own log says why")
     return None
 
 

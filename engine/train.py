@@ -21,6 +21,7 @@ from engine.errors import (
     KNOWN,
     CheckpointError,
     EngineError,
+    LostRank,
     NotFinite,
     NotFiniteState,
     NotSaved,
@@ -46,6 +47,8 @@ from models.methods import Method
 from models.precision import at_least_float32
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+UNSAVED = (NotFinite, Untrained, LostRank)
+"""What ends a run without a checkpoint of its own: the last one stays."""
 
 
 class Trainer:
@@ -358,7 +361,7 @@ class Trainer:
             consensus.wait_for_ending()
         known = error if isinstance(error, KNOWN) else faults.fault(error, recipe, device) or error
         is_whole = self._is_whole and not faults.is_lost(error)
-        raised = consensus.end(known, saves=not isinstance(error, NotFinite | Untrained), is_whole=is_whole)
+        raised = consensus.end(known, saves=not isinstance(known, UNSAVED), is_whole=is_whole)
         saves = is_whole and self.steps_done != self._saved and consensus.claims()
         if isinstance(raised, faults.OutOfMemory):
             raised = own(raised.with_advice(recipe, device))

@@ -831,13 +831,13 @@ def compiled_in_ddp(folder):
 
     of_dynamo.DDPOptimizer.compile_fn, torch.nn.Module.compile = compile_fn, without_inductor
     sums = []
-    for optimize in ("true", "false"):
-        torch._dynamo.reset()
-        recipe = tiny(
-            "supervised_stage2.yaml", folder, "run.device=cpu", "run.compile=true", f"run.optimize_ddp={optimize}",
-            "method.backbone.width=16", "method.backbone.multiples=[1, 2, 4, 8, 16]",
-        )  # fmt: skip
-        with dist.group("cpu", 300) as world:
+    with dist.group("cpu", 300) as world:
+        for optimize in ("true", "false"):
+            torch._dynamo.reset()
+            recipe = tiny(
+                "supervised_stage2.yaml", folder, "run.device=cpu", "run.compile=true", f"run.optimize_ddp={optimize}",
+                "method.backbone.width=16", "method.backbone.multiples=[1, 2, 4, 8, 16]",
+            )  # fmt: skip
             trainer = train.Trainer(recipe, world)
             batches = open_loader(trainer)
             trainer.step(batches)
