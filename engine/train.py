@@ -285,6 +285,8 @@ class Trainer:
             Untrained: the guard of the first step.
             Stopped: a signal arrived; all ranks saved the same step.
             NotSaved: the disk refused the last checkpoint, or the one saved on a signal.
+            MachineError: memory ran out, a device is lost, or a rank is gone.
+            Ended: another rank met something that ends the run, and raises that itself.
             FolderError: the run folder cannot be written, or another process is running there.
         """
         before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
