@@ -27,6 +27,7 @@ from engine.bench.clock import median_range
 from engine.provenance import environment
 from engine.results.runs import write_json
 from loaders.augment import augment_batch
+from loaders.config import Request
 from loaders.index import Index
 from loaders.sampler import Stream
 from loaders.sources import open_index
@@ -81,7 +82,7 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    index = open_index(arguments.data / "train", max_pixels=10**8)
+    index = open_index(arguments.data / "train", Request(10**8))
     conversion(arguments.data / "train", index, arguments.workers, 1)  # files into the page cache
     result: dict[str, Any] = {
         "conversion_time_over_floor": conversion(arguments.data / "train", index, arguments.workers, 5),

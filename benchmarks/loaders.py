@@ -34,7 +34,8 @@ from engine.bench.loader import crops_of, decode_floor
 from engine.provenance import environment
 from engine.results.figures import pyplot
 from engine.results.runs import write_json
-from loaders import Index, turbo
+from loaders import Index, core
+from loaders.config import Request
 from loaders.sources import open_index
 from loaders.views import View
 
@@ -213,16 +214,16 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    index = open_index(arguments.data / "train", max_pixels=10**8)
+    index = open_index(arguments.data / "train", Request(10**8))
     size = np.mean([os.path.getsize(index.location(row)[0]) for row in range(len(index))]) / 1024
     result: dict[str, Any] = {
         "images": len(index), "kib": float(size), "workers": arguments.workers, "rounds": arguments.rounds,
-        "batches": arguments.batches, "batch": BATCH, "libjpeg_turbo": turbo.libjpeg_version(), "jobs": {},
+        "batches": arguments.batches, "batch": BATCH, "libjpeg_turbo": core.libjpeg_version(), "jobs": {},
         "environment": environment(),
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         paths = convert(arguments.data / "train", Path(folder))
-        betons = {mode: open_index(path, max_pixels=10**8) for mode, path in paths.items()}
+        betons = {mode: open_index(path, Request(10**8)) for mode, path in paths.items()}
         result["beton_kib"] = {
             mode: float(beton.pieces.length.mean() / 1024) for mode, beton in betons.items() if beton.pieces
         }

@@ -2,35 +2,104 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import loaders
 from engine import dist
 from engine.dist import World
 from engine.log import logger
-from engine.recipe import Recipe
+from engine.recipe import EvalConfig, Recipe
 from loaders import DataError, Index
 
 
 def open_indices(recipe: Recipe, world: World) -> dict[str, Index]:
-    """Index training images, and validation images where there are evaluations: split -> index, the same on all ranks.
-    One process of each machine makes the cache, the others read it.
+    """Index training images, and those of the evaluations: name (`train`, `val`, or the key of an evaluation that has a
+    set of its own, such as `evals.0.val`) -> index, the same on all ranks.
+
+    One process of each machine reads, the others map what it found.
 
     Raises:
         DataError: they cannot be used, or do not fit the recipe.
         RankError: on another rank.
     """
-    splits = ["train", *(["val"] if recipe.evals else [])]
+    is_reader = world.local_rank == 0
+    first = dist.together(lambda: open_here(recipe) if is_reader else None)
+    places = dist.gather_objects({name: loaders.place_of(index) for name, index in first.items()} if first else {})
+    ours = places[world.rank - world.local_rank]  # of this machine's reader
+    return dist.together(lambda: first or _map(recipe, ours))
 
-    def open_here() -> dict[str, Index]:
-        indices = {split: loaders.open_data(recipe.data, split) for split in splits}  # type: ignore[arg-type]
-        _check(recipe, indices)
-        return indices
 
-    first = dist.together(lambda: open_here() if world.local_rank == 0 else None)
-    return dist.together(lambda: first or open_here())
+def _map(recipe: Recipe, places: dict[str, loaders.IndexPlace | None]) -> dict[str, Index]:
+    found = {name: loaders.map_index(recipe.data, place) for name, place in places.items() if place}
+    return found if len(found) == len(places) else open_here(recipe)  # nowhere to write, or nothing to read
+
+
+def open_here(recipe: Recipe) -> dict[str, Index]:
+    """`open_indices` in this process alone.
+
+    Raises:
+        DataError: the data sets cannot be used, or do not fit the recipe.
+    """
+    opened: dict[str, Index] = {}
+    by_root: dict[str, str] = {}
+    for name, open_it in _wanted(recipe).items():
+        root = _own_root(recipe, name)
+        if root is not None and root in by_root:
+            opened[name] = opened[by_root[root]]
+            continue
+        opened[name] = open_it()
+        if root is not None:
+            by_root[root] = name
+    _check(recipe, opened)
+    return opened
+
+
+def _wanted(recipe: Recipe) -> dict[str, Callable[[], Index]]:
+    """Name -> what opens it."""
+    of_evals = [(name, which) for e in range(len(recipe.evals)) for which, name in names_of(recipe, e).items()]
+    asked = {name for name, _ in of_evals} | ({"train"} if recipe.method.needs_labels else set())
+    wanted: dict[str, Callable[[], Index]] = {}
+    for name in dict.fromkeys(["train", *sorted(asked)]):
+        if (root := _own_root(recipe, name)) is not None:
+            wanted[name] = partial(loaders.open_root, recipe.data, root, asks_labels=True)
+        else:
+            wanted[name] = partial(loaders.open_data, recipe.data, name, asks_labels=name in asked)  # type: ignore[arg-type]
+    return wanted
+
+
+def names_of(recipe: Recipe, number: int) -> dict[str, str]:
+    """The data sets of evaluation `number`: `train` (where it needs one) and `val` -> name in `open_indices`."""
+    config = recipe.evals[number]
+    return {
+        which: which if getattr(config, which) is None else f"evals.{number}.{which}"
+        for which in ("train", "val")
+        if which == "val" or config.needs_train
+    }
+
+
+def roots_of(recipe: Recipe) -> dict[str, str | None]:
+    """Dotted key -> what it names, for all that a recipe reads."""
+    of_evals = [name for number in range(len(recipe.evals)) for name in names_of(recipe, number).values()]
+    own = {name: _own_root(recipe, name) for name in dict.fromkeys(["train", *of_evals])}
+    return {f"data.{name}" if root is None else name: root or getattr(recipe.data, name) for name, root in own.items()}
+
+
+def _own_root(recipe: Recipe, name: str) -> str | None:
+    if not name.startswith("evals."):
+        return None
+    _, number, which = name.split(".")
+    return getattr(recipe.evals[int(number)], which)
+
+
+def sets_of(recipe: Recipe, number: int, indices: dict[str, Index]) -> dict[str, Index]:
+    """The data sets of evaluation `number` as `train` and `val`."""
+    return {which: indices[name] for which, name in names_of(recipe, number).items()}
 
 
 def _check(recipe: Recipe, indices: dict[str, Index]) -> None:
     train = indices["train"]
+    logger.info(f"data.train: {recipe.data.train or train.root}: {len(train):,} images, {train.reading or 'noise'}")
     expected = recipe.data.expect_images
     count = len(train) + train.quarantined
     if expected is not None and count != expected:
@@ -38,17 +107,27 @@ def _check(recipe: Recipe, indices: dict[str, Index]) -> None:
             f"{train.root}: {count} images, the recipe expects {expected}; complete the data set, or set "
             f"data.expect_images={count}"
         )
-    if "val" in indices and indices["val"].classes != train.classes:
-        raise DataError(f"{indices['val'].root}: its classes differ from those of {train.root}")
-    try:
-        recipe.method.check_classes(len(train.classes))
-    except ValueError as error:
-        raise DataError(f"{train.root}: {len(train.classes)} classes, {error}") from None
-    for split, index in indices.items():
+    for number, config in enumerate(recipe.evals):
+        _check_classes(config, train, sets_of(recipe, number, indices))
+    if recipe.method.classes is not None:
+        try:
+            recipe.method.check_classes(len(train.classes))
+        except ValueError as error:
+            raise DataError(f"{train.root}: {len(train.classes)} classes, {error}") from None
+    for name, index in indices.items():
         if index.problems:
             row, reason = next(iter(index.problems.items()))
             text = f"{index.root}: {len(index.problems)} of {len(index)} images are unusable, the first is "
             text += f"{index.path(row)}: {reason}"
-            if split == "train" and recipe.data.on_bad_image == "stop":
+            if name == "train" and recipe.data.on_bad_image == "stop":
                 raise DataError(f"{text}; remove or repair them, or set data.on_bad_image=replace")
             logger.warning(text)
+
+
+def _check_classes(config: EvalConfig, train: Index, sets: dict[str, Index]) -> None:
+    known = sets.get("train", train).classes  # what answers are given in
+    if (val := sets["val"]).classes != known:
+        different = sorted({*val.classes} ^ {*known}) or ["their order"]
+        raise DataError(
+            f"{val.root}: its classes differ from those of {sets.get('train', train).root}: {', '.join(different[:5])}"
+        )

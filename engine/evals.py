@@ -27,6 +27,9 @@ def run(
 ) -> dict[str, float] | None:
     """Run one evaluation on all ranks with rank 0's buffers, in float32; the method is left as it was.
 
+    Args:
+        indices: labeled images, `val` and, where it learns from some, `train`.
+
     Returns:
         `top1` (and `top5`) in percent, and the number of images that were measured; None on all ranks where a signal
         cut it short, because a job that is about to be killed has no time for it.
@@ -123,6 +126,7 @@ def _batches(
         for batch in loader:
             if consensus.asked_to_stop or consensus.ending is not None:
                 return
+            assert batch.label is not None  # refused at the start
             if len(batch.label):
                 yield batch.views[0], batch.label
     finally:

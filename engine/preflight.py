@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from engine import checkpoint
+from engine.data import roots_of
 from engine.errors import CheckpointError
 from engine.recipe import Recipe
 from loaders.sources import is_there
@@ -34,11 +35,10 @@ def missing(recipe: Recipe, *, resumes: bool = False) -> list[Problem]:
     if lacks := data.options.missing():
         problems.append(Problem("data.backend", lacks))
     if data.options.reads_files:
-        for split in ("train", *(["val"] if recipe.evals else [])):
-            root = getattr(data, split)
+        for key, root in roots_of(recipe).items():
             if root is None or not is_there(Path(root)):
-                text = f"no folder {root}; expected one folder of images per class, set data.{split}=/path/to/{split}"
-                problems.append(Problem(f"data.{split}", text))
+                text = f"no folder or file {root}; expected images there, set {key}=/path/to/images"
+                problems.append(Problem(key, text))
     has_checkpoint = resumes and checkpoint.latest(recipe.folder / "checkpoints")[0] is not None
     for number, init in enumerate(() if has_checkpoint else recipe.init):
         try:

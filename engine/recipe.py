@@ -117,6 +117,15 @@ class EvalConfig(Strict):
     temperature: float = Field(default=0.07, gt=0)
     bank: int = Field(default=50_000, ge=1)
     """k-NN: at most this many training images, evenly spaced over the index."""
+    train: str | None = None
+    """Labeled images that it learns from, in any form that `data.train` has; by default `data.train` itself."""
+    val: str | None = None
+    """Labeled images that it measures on; by default `data.val`."""
+
+    @property
+    def needs_train(self) -> bool:
+        """Whether it learns from labeled images of its own, besides those that it measures on."""
+        return self.kind != "accuracy"
 
 
 class InitConfig(Strict):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import loaders
 from engine import accelerator, checkpoint, dist, evals, faults, optim, precision
 from engine.consensus import Consensus
-from engine.data import open_indices
+from engine.data import open_indices, sets_of
 from engine.dist import World
 from engine.errors import (
     KNOWN,
@@ -68,7 +68,7 @@ class Trainer:
     recipe: Recipe
     world: World
     indices: dict[str, Index]
-    """Split -> its data set."""
+    """`train`, `val`, and those that evaluations name (`evals.0.train`) -> data set."""
     horizon: Horizon
     """How long the run is."""
     micro_steps: int
@@ -417,7 +417,8 @@ class Trainer:
         while self._due_evals:
             config = self.recipe.evals[self._due_evals[0]]
             with torch.compiler.set_stance("force_eager"):
-                scores = evals.run(config, self.method, self.recipe.data, self.indices, self.world)
+                sets = sets_of(self.recipe, self._due_evals[0], self.indices)
+                scores = evals.run(config, self.method, self.recipe.data, sets, self.world)
             if scores is None:
                 return False
             if self.log:

@@ -41,7 +41,7 @@ class Beton(NamedTuple):
     """The records of a file, N samples."""
 
     classes: list[str]
-    label: NDArray[np.int64]
+    label: NDArray[np.int64] | None  # None without labels
     width: NDArray[np.int32]
     height: NDArray[np.int32]
     is_raw: NDArray[np.bool_]
@@ -60,7 +60,7 @@ def read(path: Path) -> Beton:
     """Read the records of a file and check them against its size and its manifest.
 
     Raises:
-        DataError: it is not a whole `.beton` with an image and an integer label, or not the one of its manifest.
+        DataError: it is not a whole `.beton` with an image, or not the one of its manifest.
     """
     try:
         with open(path, "rb") as file:
@@ -78,15 +78,16 @@ def read(path: Path) -> Beton:
     offset, length = table["place"][row].astype(np.int64), table["size"][row].astype(np.int64)
     if len(image) and (offset.min() < 0 or length.min() < 0 or (offset > size - length).any()):
         raise DataError(f"{path}: is not a whole .beton file: an image lies beyond its end")
-    if len(label) and not 0 <= label.min() <= label.max() < MAX_CLASSES:
+    if label is not None and len(label) and not 0 <= label.min() <= label.max() < MAX_CLASSES:
         raise DataError(f"{path}: labels from {label.min()} to {label.max()}; expected 0 to {MAX_CLASSES - 1}")
     manifest = _manifest(path, size)
-    classes = manifest["classes"] if manifest else [str(number) for number in range(int(label.max(initial=-1)) + 1)]
-    if len(label) and label.max() >= len(classes):
-        raise DataError(f"{path}: label {label.max()}, its manifest has {len(classes)} classes")
+    last = -1 if label is None else int(label.max(initial=-1))
+    classes = manifest["classes"] if manifest else [str(number) for number in range(last + 1)]
+    if last >= len(classes):
+        raise DataError(f"{path}: label {last}, its manifest has {len(classes)} classes")
     return Beton(
         classes=classes,
-        label=label.astype(np.int64),
+        label=None if label is None else label.astype(np.int64),
         width=image["width"].astype(np.int32),
         height=image["height"].astype(np.int32),
         is_raw=image["mode"] == _RAW_MODE,
@@ -118,16 +119,17 @@ def _records(file: Any, size: int) -> tuple[Any, Any, Any, Any]:
     if unknown:
         raise _Damaged(f"a field of type {unknown[0]}; expected images, integers and floats")
     types = [int(field["type"]) for field in fields]
-    if types.count(2) != 1 or types.count(1) < 1:
-        raise _Damaged(f"fields {', '.join(names)}; expected one image and an integer label")
+    if types.count(2) != 1:
+        raise _Damaged(f"fields {', '.join(names)}; expected one image, and an integer label where there are labels")
     record = np.dtype([(f"f{number}", _TYPES[kind]) for number, kind in enumerate(types)], align=True)
     samples = array(record, num_samples, _HEADER.itemsize + fields.nbytes)
     if table_at == 0:
         raise _Damaged("its writer did not finish")
     table = array(_TABLE, (size - table_at) // _TABLE.itemsize, table_at)
     integers = [number for number, kind in enumerate(types) if kind == 1]
-    label = next((number for number in integers if names[number] == "label"), integers[0])
-    return header, samples[f"f{types.index(2)}"], samples[f"f{label}"], table
+    number = next((number for number in integers if names[number] == "label"), integers[0] if integers else None)
+    label = None if number is None else samples[f"f{number}"]
+    return header, samples[f"f{types.index(2)}"], label, table
 
 
 def _manifest(path: Path, size: int) -> dict[str, Any] | None:
@@ -177,16 +179,25 @@ class Sample(NamedTuple):
     is_raw: bool
     width: int
     height: int
-    label: int
+    label: int | None
 
 
-def write(path: Path, samples: Iterable[Sample], *, at_most: int, page_size: int, facts: dict[str, Any]) -> int:
+def write(
+    path: Path,
+    samples: Iterable[Sample],
+    *,
+    at_most: int,
+    page_size: int,
+    facts: dict[str, Any],
+    has_labels: bool = True,
+) -> int:
     """Write a file and its manifest, aside and then renamed: what has the name is whole.
 
     Args:
         at_most: room is made for the records of this many samples.
         page_size: bytes; a sample lies in one page. Between `PAGE_SIZES`.
         facts: further entries of the manifest, `classes` among them.
+        has_labels: whether the samples have labels; without them the file has no field for one.
 
     Returns:
         The number of samples.
@@ -199,7 +210,7 @@ def write(path: Path, samples: Iterable[Sample], *, at_most: int, page_size: int
     with aside(beside) as manifest_out:
         with aside(path, durable=True) as out:
             with open(out.part, "wb") as file:
-                writer = _Writer(file, at_most, page_size)
+                writer = _Writer(file, at_most, page_size, has_labels)
                 for sample in samples:
                     writer.add(sample)
                 writer.finish()
@@ -219,12 +230,13 @@ def write(path: Path, samples: Iterable[Sample], *, at_most: int, page_size: int
 
 
 class _Writer:
-    def __init__(self, file: Any, at_most: int, page_size: int) -> None:
-        self.file, self.page_size, self.count = file, page_size, 0
-        self.record = np.dtype([("f0", _IMAGE), ("f1", _TYPES[1])], align=True)
+    def __init__(self, file: Any, at_most: int, page_size: int, has_labels: bool) -> None:
+        self.file, self.page_size, self.count, self.has_labels = file, page_size, 0, has_labels
+        fields = [(2, b"image"), (1, b"label")][: 1 + has_labels]
+        self.record = np.dtype([(f"f{number}", _TYPES[kind]) for number, (kind, _) in enumerate(fields)], align=True)
         self.records = np.zeros(at_most, dtype=self.record)
-        self.fields = np.zeros(2, dtype=_FIELD)
-        for field, kind, name in zip(self.fields, (2, 1), (b"image", b"label"), strict=True):
+        self.fields = np.zeros(len(fields), dtype=_FIELD)
+        for field, (kind, name) in zip(self.fields, fields, strict=True):
             field["type"] = kind
             field["name"][: len(name)] = np.frombuffer(name, dtype="<u1")
         self.records_at = _HEADER.itemsize + self.fields.nbytes
@@ -246,7 +258,8 @@ class _Writer:
         place = self.first_page + len(self.checksums) * self.page_size + len(self.page)
         self.page += sample.content
         mode = _RAW_MODE if sample.is_raw else _JPEG_MODE
-        self.records[self.count] = ((mode, sample.width, sample.height, place), sample.label)
+        image = (mode, sample.width, sample.height, place)
+        self.records[self.count] = (image, sample.label) if self.has_labels else (image,)
         self.table.append((self.count, place, size))
         self.count += 1
 
@@ -262,7 +275,7 @@ class _Writer:
         end = self.file.tell()
         self.file.write(np.array(self.table, dtype=_TABLE).tobytes())
         header = np.zeros(1, dtype=_HEADER)
-        header["version"], header["num_fields"], header["page_size"] = _VERSION, 2, self.page_size
+        header["version"], header["num_fields"], header["page_size"] = _VERSION, len(self.fields), self.page_size
         header["num_samples"], header["table"] = self.count, end
         self.file.seek(0)
         self.file.write(header.tobytes() + self.fields.tobytes() + self.records[: self.count].tobytes())

@@ -1,6 +1,8 @@
-"""Sections of a recipe that belong to the data, strictly validated."""
+"""Sections of a recipe that belong to the data, strictly validated; and what of them an index depends on."""
 
 from __future__ import annotations
+
+from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
@@ -10,3 +12,14 @@ class Strict(BaseModel):
     models, which share nothing with loaders."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Request(NamedTuple):
+    """What an index is asked for."""
+
+    max_pixels: int
+    """An image with more is a problem."""
+    labels: Literal["auto", "none"] | None = None
+    """`data.labels` of a recipe."""
+    asks_labels: bool = True
+    """Whether anything will use the labels: what has none, or not for all, is then refused and not passed over."""

@@ -107,7 +107,7 @@ class HostBatch(NamedTuple):
 
     crops: list[Tensor]  # G x uint8 [k, B, size, size, 3]: the views of a group together, see `Stream.groups`
     color: Tensor  # float32 [B, V, NUM_COLOR]
-    label: Tensor  # int64 [B]
+    label: Tensor | None  # int64 [B]; None where the data set has no labels
     rows: Tensor  # int64 [B], rows of the index
     bad: list[tuple[str, str]]  # (path, reason) of what could not be decoded
 
@@ -121,7 +121,8 @@ class HostBatch(NamedTuple):
         bad: list[tuple[str, str]],
     ) -> HostBatch:
         """Build from rows of the index [B] and their colors [B, V, NUM_COLOR]."""
-        label = torch.from_numpy(stream.index.label[image])
+        labels = stream.index.label
+        label = None if labels is None else torch.from_numpy(labels[image].astype(np.int64))
         return cls(crops, torch.from_numpy(color), label, torch.from_numpy(image), bad)
 
 

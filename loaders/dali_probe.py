@@ -119,12 +119,13 @@ def _reason(done: subprocess.CompletedProcess[str]) -> str:
 def main(folder: str, device_id: str) -> None:
     """Take one batch from the loader's pipeline."""
     from loaders import dali_loader, sources
+    from loaders.config import Request
     from loaders.contract import Order
     from loaders.sampler import Stream
     from loaders.views import View
 
     device = torch.device("cpu" if device_id == "cpu" else f"cuda:{device_id}")
-    index = sources.open_index(Path(folder), max_pixels=10**6, quarantine=None)
+    index = sources.open_index(Path(folder), Request(10**6))
     stream = Stream(index, (View(size=32, crop="random"),), 0)
     order = Order(stream, iter([[0, 1]]), replace=False, workers=1, device=device)
     batch = next(dali_loader.Options(prefetch=1).batches(order))

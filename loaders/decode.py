@@ -106,7 +106,11 @@ class Header(NamedTuple):
 
 
 def read_header(file: Any) -> Header:
-    """Read the header from an open binary file; nothing is decoded and nothing is raised."""
+    """Read the header from an open binary file; nothing is decoded.
+
+    Raises:
+        OSError: the file cannot be read, which says nothing of the image.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of decompression bombs: `max_pixels` refuses those
@@ -114,9 +118,9 @@ def read_header(file: Any) -> Header:
                 return Header(image.width, image.height, image.format or "", "")
     except Image.DecompressionBombError:
         return Header.unusable("is a decompression bomb: more pixels than Pillow opens")
-    except OSError as error:
-        return Header.unusable(f"is not an image: {error.strerror or _reason(error)}")
     except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
         return Header.unusable(f"is not an image: {_reason(error)}")
 
 

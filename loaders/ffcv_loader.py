@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from loaders import contract, folder_loader, turbo
+from loaders import contract, core, folder_loader, turbo
 from loaders.contract import HostBatch, Order
 from loaders.errors import DataError
 from loaders.index import Index
@@ -58,9 +58,7 @@ class Options(contract.Options):
     @classmethod
     def about(cls) -> str:
         """What works, and whether FFCV itself is there to compare with."""
-        ours = "works, reads and writes .beton" + (
-            " (slowly, without the compiled core)" if turbo.why_missing() else ""
-        )
+        ours = "works, reads and writes .beton" + (" (slowly, without the compiled core)" if core.why_missing() else "")
         # In a process of its own: its import fails in many ways, and what it starts can keep this one from ending.
         code = (
             "import ffcv, os; from importlib.metadata import version; print(version('ffcv'), flush=True); os._exit(0)"
@@ -80,7 +78,7 @@ class Options(contract.Options):
         index = order.stream.index
         if problem := self.refuses(index.root):
             raise DataError(problem)
-        if turbo.why_missing():
+        if core.why_missing():
             return folder_loader.Options(prefetch=self.prefetch).batches(order)
         source = _Direct(index) if self.strategy == "direct" else _Mapped(index, hold=self.strategy == "ram")
         return turbo.Batches(order, prefetch=self.prefetch, source=source, on_close=source.close)
@@ -91,7 +89,7 @@ class _Mapped:
 
     def __init__(self, index: Index, *, hold: bool) -> None:
         assert index.pieces is not None
-        self._offset = index.pieces.offset.astype(np.uint64)
+        self._offset = index.pieces.offset.view(np.uint64)
         file = os.open(index.pieces.files[0], os.O_RDONLY)
         try:
             size = os.fstat(file).st_size

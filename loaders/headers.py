@@ -1,107 +1,337 @@
-"""Headers of all images of a data set, read in parallel and cached.
-
-The cache lies in `$XDG_CACHE_HOME/burn-engine` (`~/.cache/burn-engine`) and is keyed by the path, size and modification
-time of every file.
-"""
+"""Headers of all images of a data set: by the compiled core where they are JPEG, by Pillow where they are not, or where
+the core was not built; by many threads, because a network file system answers many requests at once."""
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
+import ctypes
+import errno
 import io
 import os
-import sys
-import zipfile
-from collections.abc import Callable, Iterable, Sequence
+import stat
+import threading
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
+from loaders import core
 from loaders.decode import Header, read_header
-from loaders.files import aside
+from loaders.errors import DataError
+from loaders.index import Index, Names, Pieces
+from loaders.index_file import too_large
 from loaders.machine import cores
 
-_FORMAT = 2  # of the cache file; raised when its fields change
+THREADS = 64
+"""Requests to the file system at a time."""
+_FOUND, _OTHER, _EMPTY, _IRREGULAR = 0, 1, 2, 3  # what the core says of a row; less is an errno
+_EVERY = 0.5  # seconds between two looks at the progress
+_MANY = 10_000  # images from which on progress is shown
 
-Arrays = dict[str, Any]
-"""Columns of an index by name."""
+
+class _Job(ctypes.Structure):
+    _fields_ = (
+        ("num_rows", ctypes.c_int64),
+        ("rows", ctypes.c_void_p),
+        ("base", ctypes.c_int32),
+        ("only_facts", ctypes.c_int32),
+        *((name, ctypes.c_void_p) for name in ("names", "ends", "offset", "length")),
+        *((name, ctypes.c_void_p) for name in ("size", "modified", "width", "height", "status")),
+        ("next", ctypes.c_int64),
+    )
 
 
-def read_headers(root: Path, places: Sequence[Any], read: Callable[[Any], Header], max_pixels: int) -> Arrays:
-    """Read the headers of N images.
+class Facts(NamedTuple):
+    """What the headers of N images say."""
+
+    size: NDArray[np.int64]
+    """[N], bytes; -1 where there is no file. Empty for pieces."""
+    modified: NDArray[np.int64]
+    """[N], nanoseconds. Empty for pieces."""
+    width: NDArray[np.int32]
+    height: NDArray[np.int32]
+    format: NDArray[np.bytes_]
+    problems: dict[int, str]
+    unread: set[int]
+    """Rows of `problems` that the machine did not let us read."""
+
+    @classmethod
+    def empty(cls, count: int, *, are_files: bool) -> Facts:
+        """Room for N images of which nothing is known."""
+        files = count if are_files else 0
+        return cls(
+            np.full(files, -1, dtype=np.int64),
+            np.zeros(files, dtype=np.int64),
+            np.ones(count, dtype=np.int32),
+            np.ones(count, dtype=np.int32),
+            np.zeros(count, dtype="S8"),
+            {},
+            set(),
+        )
+
+
+class _Places(NamedTuple):
+    """Where N images lie: files below a folder, or pieces of one file; both are open as `base`."""
+
+    base: int
+    names: Names | None = None
+    offset: NDArray[np.int64] | None = None
+    length: NDArray[np.int64] | None = None
+
+    def open(self, row: int) -> BinaryIO:
+        """The bytes of an image as a file; a pipe is opened without waiting for its writer."""
+        if self.names is not None:
+            flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+            return open(os.open(self.names[row], flags, dir_fd=self.base), "rb")
+        assert self.offset is not None and self.length is not None
+        return io.BufferedReader(_Slice(self.base, int(self.offset[row]), int(self.length[row])))
+
+
+def of_files(root: Path, base: Path, names: Names) -> Facts:
+    """Read the headers of N files.
 
     Args:
         root: what they belong to, for the progress bar.
-        places: N arguments for `read`, which is `of_file` or `of_piece`.
-        max_pixels: an image with more is a problem.
+        base: the folder that their names are relative to.
 
-    Returns:
-        `width`, `height` and `format` [N]; `bad` and `reason` [number of problems].
+    Raises:
+        DataError: the folder cannot be opened.
     """
-    with ThreadPoolExecutor(min(32, 4 * cores())) as pool:
-        headers = list(
-            tqdm(
-                pool.map(read, places, chunksize=64),
-                total=len(places),
-                desc=f"indexing {root}",
-                unit=" images",
-                disable=not sys.stderr.isatty() or len(places) < 10_000,
-            )
-        )
-    width = np.array([header.width for header in headers], dtype=np.int32)
-    height = np.array([header.height for header in headers], dtype=np.int32)
-    reasons = {row: header.problem for row, header in enumerate(headers) if header.problem}
-    reasons |= too_large(width, height, max_pixels)
-    return {
-        "width": width,
-        "height": height,
-        "format": np.array([header.format for header in headers], dtype=np.bytes_),
-        "bad": np.array(list(reasons), dtype=np.int64),
-        "reason": np.array(list(reasons.values()), dtype=np.str_),
-    }
-
-
-def columns(arrays: Arrays) -> dict[str, Any]:
-    """What of an `Index` comes from the headers."""
-    problems = dict(zip(arrays["bad"].tolist(), arrays["reason"].tolist(), strict=True))
-    return {**{name: arrays[name] for name in ("width", "height", "format")}, "problems": problems}
-
-
-def too_large(width: Any, height: Any, max_pixels: int) -> dict[int, str]:
-    """Row -> what is wrong with an image of more than `max_pixels` pixels; `width` and `height` are [N]."""
-    return {
-        row: f"has {width[row]}x{height[row]} pixels, more than data.max_pixels {max_pixels}"
-        for row in np.flatnonzero(width.astype(np.int64) * height > max_pixels).tolist()
-    }
-
-
-def of_file(path: bytes) -> Header:
-    """The header of an image file."""
+    facts = Facts.empty(len(names), are_files=True)
+    folder = _open(base)
     try:
-        if os.path.getsize(path) == 0:
-            return Header.unusable("is empty (0 bytes)")
-        with open(path, "rb") as file:
-            return read_header(file)
+        _read(f"indexing {root}", _Places(folder, names), facts, None)
+    finally:
+        os.close(folder)
+    return facts
+
+
+def of_pieces(root: Path, pieces: Pieces) -> Facts:
+    """Read the headers of N images that are pieces of other files; see `of_files`."""
+    facts = Facts.empty(len(pieces.file), are_files=False)
+    order = np.argsort(pieces.file, kind="stable")
+    starts = np.searchsorted(pieces.file[order], np.arange(len(pieces.files) + 1))
+    is_quiet = len(pieces.file) < _MANY
+    for number in tqdm(range(len(pieces.files)), f"indexing {root}", unit=" shards", disable=is_quiet or None):
+        rows = order[starts[number] : starts[number + 1]]
+        shard = _open(Path(os.fsdecode(pieces.files[number])))
+        try:
+            _read("", _Places(shard, None, pieces.offset, pieces.length), facts, rows)
+        finally:
+            os.close(shard)
+    return facts
+
+
+def refreshed(index: Index, base: Path) -> Index:
+    """An index of files in which every file that has changed, or could not be read before, was read again; the same
+    index where there is none."""
+    assert index.size is not None and index.modified is not None
+    folder = _open(base)
+    try:
+        now = Facts.empty(len(index), are_files=True)
+        _stat(_Places(folder, index.names), now, f"looking at {index.root}")
+        changed = {*np.flatnonzero((now.size != index.size) | (now.modified != index.modified)).tolist(), *index.unread}
+        if not changed:
+            return index
+        rows = np.array(sorted(changed), dtype=np.int64)
+        facts = now._replace(
+            width=index.width.copy(),
+            height=index.height.copy(),
+            format=index.format.copy(),
+            problems={row: text for row, text in index.problems.items() if row not in changed},
+        )
+        for array in (facts.width, facts.height):
+            array[rows] = 1
+        facts.format[rows] = b""
+        _read(f"indexing {index.root}", _Places(folder, index.names), facts, rows)
+    finally:
+        os.close(folder)
+    return with_facts(replace(index, file=None), facts)
+
+
+def changed_files(index: Index) -> list[str]:
+    """Which files of an index are no longer what they were: names with what is different, in their order.
+
+    Raises:
+        DataError: the folder cannot be opened.
+    """
+    assert index.size is not None and index.modified is not None
+    folder = _open(index.root)
+    try:
+        now = Facts.empty(len(index), are_files=True)
+        _stat(_Places(folder, index.names), now, f"looking at {index.root}")
+    finally:
+        os.close(folder)
+    rows = np.flatnonzero((now.size != index.size) | (now.modified != index.modified)).tolist()
+    return [
+        f"{index.path(row)}: "
+        + (
+            "is gone"
+            if now.size[row] < 0
+            else f"{now.size[row]:,} bytes, was {index.size[row]:,}"
+            if now.size[row] != index.size[row]
+            else "was written again"
+        )
+        for row in rows
+    ]
+
+
+def with_facts(index: Index, facts: Facts) -> Index:
+    """The index with what was read of its images."""
+    sizes = {"size": facts.size, "modified": facts.modified} if len(facts.size) else {}
+    return replace(
+        index,
+        width=facts.width,
+        height=facts.height,
+        format=facts.format,
+        problems=facts.problems | too_large(facts.width, facts.height, index.max_pixels),
+        unread=frozenset(facts.unread),
+        **sizes,  # type: ignore[arg-type]
+    )
+
+
+def _open(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
-        return Header.unusable(f"is not an image: {error.strerror or type(error).__name__}")
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def of_piece(place: tuple[bytes, int, int]) -> Header:
-    """The header of an image that is a part of a file: (path, first byte, bytes)."""
-    path, offset, length = place
-    if length == 0:
-        return Header.unusable("is empty (0 bytes)")
-    with open(path, "rb") as file:
-        return read_header(io.BufferedReader(_Slice(file, offset, length)))
+def _read(title: str, places: _Places, facts: Facts, rows: NDArray[np.int64] | None) -> None:
+    """Read headers into `facts`: of all images, or of some rows."""
+    status = _by_core(title, places, facts, rows, only_facts=False) if not core.why_missing() else None
+    chosen = np.arange(len(facts.width)) if rows is None else rows
+    if status is None:
+        _by_pillow(title, places, facts, chosen.tolist())
+        return
+    found = status[chosen]
+    # Once more, one at a time: too many open files, or a server that was busy.
+    failed = chosen[found < 0]
+    if len(failed):
+        status[failed] = _by_core("", places, facts, failed, only_facts=False, threads=1)[failed]
+        found = status[chosen]
+    facts.format[chosen[found == _FOUND]] = b"JPEG"
+    _say(facts, chosen, found)
+    _by_pillow(title, places, facts, chosen[found == _OTHER].tolist())
+
+
+def _stat(places: _Places, facts: Facts, title: str) -> None:
+    if not core.why_missing():
+        _by_core(title, places, facts, None, only_facts=True)
+        return
+    assert places.names is not None
+    for row, name in enumerate(places.names):
+        try:
+            found = os.stat(name, dir_fd=places.base)
+        except OSError:
+            continue
+        facts.size[row], facts.modified[row] = found.st_size, found.st_mtime_ns
+
+
+def _say(facts: Facts, rows: NDArray[np.int64], status: NDArray[np.int32]) -> None:
+    for row in rows[status == _EMPTY].tolist():
+        facts.problems[row] = "is empty (0 bytes)"
+    for row in rows[status == _IRREGULAR].tolist():
+        facts.problems[row] = "is not a file"
+    for row, code in zip(rows[status < 0].tolist(), status[status < 0].tolist(), strict=True):
+        _unreadable(facts, row, -code)
+
+
+def _unreadable(facts: Facts, row: int, code: int) -> None:
+    hint = " (a link to nothing?)" if code == errno.ENOENT else ""
+    facts.problems[row] = f"cannot be read: {os.strerror(code)}{hint}"
+    facts.unread.add(row)
+
+
+def _by_core(
+    title: str,
+    places: _Places,
+    facts: Facts,
+    rows: NDArray[np.int64] | None,
+    *,
+    only_facts: bool,
+    threads: int = THREADS,
+) -> NDArray[np.int32]:
+    """Let the core look at images; what it says of each, [N]."""
+    count = len(facts.width) if rows is None else len(rows)
+    status = np.zeros(len(facts.width), dtype=np.int32)
+    given: dict[str, NDArray[Any] | None] = {
+        "rows": rows,
+        "names": places.names.blob if places.names is not None else None,
+        "ends": places.names.ends if places.names is not None else None,
+        "offset": places.offset,
+        "length": places.length,
+        "size": facts.size,
+        "modified": facts.modified,
+        "width": facts.width,
+        "height": facts.height,
+        "status": status,
+    }
+    job = _Job(num_rows=count, base=places.base, only_facts=only_facts, next=0)
+    for name, array in given.items():
+        if array is not None:
+            assert array.flags.c_contiguous
+            setattr(job, name, array.ctypes.data)
+    run = core.load()[0].turbo_headers
+    # Threads of their own, not a pool: when the main one is interrupted, they have to see that nothing is left to do.
+    workers = [
+        threading.Thread(target=run, args=(ctypes.byref(job),), daemon=True)
+        for _ in range(min(threads, -(-count // 64)))
+    ]
+    bar = tqdm(total=count, desc=title, unit=" images", disable=None if title and count >= _MANY else True)
+    try:
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            while worker.is_alive():
+                worker.join(_EVERY)
+                bar.update(min(job.next, count) - bar.n)
+    finally:
+        job.next = count
+        for worker in workers:
+            worker.join()
+        bar.close()
+    return status
+
+
+def _by_pillow(title: str, places: _Places, facts: Facts, rows: list[int]) -> None:
+    """Let Pillow look at some images."""
+
+    def look(row: int) -> tuple[int, Header | OSError]:
+        try:
+            with places.open(row) as file:
+                if places.names is not None:
+                    found = os.fstat(file.fileno())
+                    facts.size[row], facts.modified[row] = found.st_size, found.st_mtime_ns
+                    if not stat.S_ISREG(found.st_mode):
+                        return row, Header.unusable("is not a file")
+                    if not found.st_size:
+                        return row, Header.unusable("is empty (0 bytes)")
+                return row, read_header(file)
+        except OSError as error:
+            return row, error
+
+    is_quiet = not title or len(rows) < _MANY
+    with ThreadPoolExecutor(min(THREADS, 4 * cores())) as pool:
+        looked: Iterable[tuple[int, Header | OSError]] = pool.map(look, rows, chunksize=64)
+        for row, header in tqdm(looked, title, len(rows), unit=" images", disable=is_quiet or None):
+            if isinstance(header, OSError):
+                _unreadable(facts, row, header.errno or errno.EIO)
+                continue
+            facts.width[row], facts.height[row] = header.width, header.height
+            facts.format[row] = header.format.encode()
+            if header.problem:
+                facts.problems[row] = header.problem
 
 
 class _Slice(io.RawIOBase):
-    """A part of a file as a file, so that a header is read without the rest."""
+    """A part of an open file as a file, so that a header is read without the rest."""
 
-    def __init__(self, file: BinaryIO, offset: int, length: int) -> None:
+    def __init__(self, file: int, offset: int, length: int) -> None:
         self._file, self._offset, self._length, self._at = file, offset, length, 0
 
     def readable(self) -> bool:
@@ -115,37 +345,7 @@ class _Slice(io.RawIOBase):
         return self._at
 
     def readinto(self, buffer: Any) -> int:
-        self._file.seek(self._offset + self._at)
-        content = self._file.read(max(0, min(len(buffer), self._length - self._at)))
+        content = os.pread(self._file, max(0, min(len(buffer), self._length - self._at)), self._offset + self._at)
         buffer[: len(content)] = content
         self._at += len(content)
         return len(content)
-
-
-def cached(root: Path, stamps: Iterable[bytes], max_pixels: int, scan: Callable[[], Arrays]) -> Arrays:
-    """The arrays of `scan`, from the cache if files with the same stamps were scanned before."""
-    listing = hashlib.sha256(f"{_FORMAT}\0{max_pixels}\0{root.resolve()}".encode())
-    for stamp in stamps:
-        listing.update(stamp + b"\n")
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    cache = home / "burn-engine" / f"index-{listing.hexdigest()[:24]}.npz"
-    arrays = _read(cache)
-    if arrays is None:
-        arrays = scan()
-        _write(cache, arrays)
-    return arrays
-
-
-def _read(path: Path) -> Arrays | None:
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return None  # absent or damaged: it is made again
-
-
-def _write(path: Path, arrays: Arrays) -> None:
-    with contextlib.suppress(OSError):  # a cache that cannot be written costs time only
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with aside(path) as out, open(out.part, "wb") as file:
-            np.savez(file, **arrays)

@@ -15,9 +15,9 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 import loaders
-from loaders import sources
+from loaders import index_file, sources
 from loaders.augment import augmenter
-from loaders.config import Strict
+from loaders.config import Request, Strict
 from loaders.contract import HostBatch, Options, Order, on_device
 from loaders.errors import DataError
 from loaders.index import Index
@@ -68,10 +68,14 @@ class DataConfig(Strict):
     backend: str = AUTO
     """A file of `loaders/`, or `auto`: the fastest that this machine has for these data; the run says which."""
     train: str | None = None
-    """Training images: a folder with one folder per class, a list file (`<image> <class>` on each line), tar shards
-    (a folder of them, or a pattern such as `shards/*.tar`), or a `.beton` file."""
+    """Training images: a folder of images, flat, with one folder per class or a tree of any depth; a list file
+    (`<image>` or `<image> <class>` on each line); tar shards or Parquet files (a folder of them, or a pattern such as
+    `shards/*.tar`); a `.beton` file; or an `.index` file of `tools/make_index.py`."""
     val: str | None = None
-    """The same for validation."""
+    """The same for validation, with labels."""
+    labels: Literal["auto", "none"] | None = None
+    """`none`: no image has a label, and nothing of the layout is taken for one. `auto`: labels as the layout has them.
+    Not set, it is `auto`, but that a folder with both images and folders of images is refused."""
     expect_images: int | None = Field(default=None, ge=1)
     """Number of training images the recipe was written for, those in quarantine included: a data set of another
     size is refused."""
@@ -166,7 +170,7 @@ class Batch(NamedTuple):
 
     views: list[Tensor]  # V x [B, 3, size, size], normalized, channels_last, on the device; neighboring views of one
     # size are adjacent in memory
-    label: Tensor  # int64 [B], on the device
+    label: Tensor | None  # int64 [B], on the device; None where the data set has no labels
     rows: Tensor  # int64 [B], rows of the index, on the host
 
 
@@ -211,7 +215,8 @@ class Loader:
             batch = self._next()
         current.wait_stream(self._side)
         for tensor in (*batch.views, batch.label):
-            tensor.record_stream(current)  # its memory is the other stream's, and in use until this one is through
+            if tensor is not None:
+                tensor.record_stream(current)  # its memory is the other stream's, and in use until this one is through
         return batch
 
     def _next(self) -> Batch:
@@ -223,7 +228,8 @@ class Loader:
                     f"{path}: {reason}; remove or repair it, or set data.on_bad_image=replace to continue without it"
                 )
             self.bad.update(batch.bad)
-        color, label = on_device(batch.color, self._device), on_device(batch.label, self._device)
+        color = on_device(batch.color, self._device)
+        label = None if batch.label is None else on_device(batch.label, self._device)
         views: list[Tensor] = []
         for group, crops in zip(self._stream.groups, batch.crops, strict=True):
             # The views of one size are one batch of k·B images, with one call of every operator.
@@ -242,25 +248,64 @@ class Loader:
         self._batches = iter(())  # torch's DataLoader ends its workers when its iterator goes
 
 
-def open_data(config: DataConfig, split: Literal["train", "val"]) -> Index:
+def open_data(config: DataConfig, split: Literal["train", "val"], *, asks_labels: bool = False) -> Index:
     """Index a split of the data set.
 
+    Args:
+        asks_labels: whether anything will use the labels.
+
     Raises:
-        DataError: it is not named, missing, not laid out as expected, or smaller than one training batch.
+        DataError: it is not named, missing, not laid out as expected, smaller than one training batch, or without
+            labels though they are asked for.
     """
     if not config.options.reads_files:
         return config.options.open_index(split)
     root = getattr(config, split)
     if root is None:
-        raise DataError(f"data.{split}: not set; expected a folder with one folder of images per class")
-    quarantine = Path(config.quarantine) if config.quarantine else None
-    index = sources.open_index(Path(root), max_pixels=config.max_pixels, quarantine=quarantine)
+        raise DataError(f"data.{split}: not set; expected a folder of images, or what else data.{split} takes")
+    index = open_root(config, root, asks_labels=asks_labels)
     if split == "train" and len(index) < config.batch_size:
         raise DataError(
             f"{root}: {len(index)} images are fewer than data.batch_size {config.batch_size}; "
             "expected at least one batch"
         )
     return index
+
+
+def open_root(config: DataConfig, root: str, *, asks_labels: bool) -> Index:
+    """Index any data set, as `config` says it of its own.
+
+    Raises:
+        DataError: it is missing or not laid out as expected, or has no labels though they are asked for.
+    """
+    quarantine = Path(config.quarantine) if config.quarantine else None
+    request = Request(config.max_pixels, config.labels, asks_labels)
+    index = sources.open_index(Path(root), request, quarantine=quarantine)
+    if asks_labels and not index.is_labeled:
+        one = f"is all of one class, {index.classes[0]!r}" if index.classes else "has no labels"
+        raise DataError(f"{root}: {one}; expected one folder of images per class, or a list or shards with labels")
+    return index
+
+
+class IndexPlace(NamedTuple):
+    """What another process of this machine needs to map an index."""
+
+    file: Path
+    root: Path
+    files: list[bytes] | None
+
+
+def place_of(index: Index) -> IndexPlace | None:
+    """Where an index can be mapped from; None if it lies in this process alone."""
+    if index.file is None:
+        return None
+    return IndexPlace(index.file.absolute(), index.root, index.pieces.files if index.pieces else None)
+
+
+def map_index(config: DataConfig, place: IndexPlace) -> Index:
+    """The index that another process of this machine has opened."""
+    index = index_file.open_file(place.file, max_pixels=config.max_pixels, trusted=True)
+    return index.at(place.root, place.files)
 
 
 def workers_per_rank(config: DataConfig, local_world_size: int) -> int:
@@ -318,7 +363,7 @@ def open_resident(
         batch._replace(
             crops=[on_device(crop, place.device) for crop in batch.crops],
             color=on_device(batch.color, place.device),
-            label=on_device(batch.label, place.device),
+            label=None if batch.label is None else on_device(batch.label, place.device),
         )
         for batch in batches
     ]

@@ -14,7 +14,7 @@ from torch import Tensor
 from loaders import contract
 from loaders.contract import HostBatch, Order
 from loaders.host import load_batch
-from loaders.index import Index
+from loaders.index import Index, Names
 
 
 class Options(contract.Options):
@@ -45,8 +45,8 @@ def noise(num_images: int, num_classes: int, side: int) -> Index:
     return _Noise(
         root=Path("synthetic"),
         classes=[f"class{label}" for label in range(num_classes)],
-        paths=np.array([f"{row}" for row in range(num_images)], dtype=np.bytes_),
-        label=np.arange(num_images, dtype=np.int64) % num_classes,
+        names=Names.of_rows(num_images),
+        label=np.arange(num_images, dtype=np.int32) % num_classes,
         width=np.full(num_images, side, dtype=np.int32),
         height=np.full(num_images, side, dtype=np.int32),
         format=np.full(num_images, b"noise"),
@@ -58,8 +58,9 @@ def noise(num_images: int, num_classes: int, side: int) -> Index:
 class _Noise(Index):
     def read(self, row: int) -> Tensor:
         side = int(self.width[row])
+        assert self.label is not None
         pattern = torch.Generator().manual_seed(int(self.label[row]))
-        grain = torch.Generator().manual_seed(1_000_000 + int(self.paths[row]))
+        grain = torch.Generator().manual_seed(1_000_000 + int(self.names[row]))
         coarse = torch.randint(0, 160, (3, 4, 4), generator=pattern, dtype=torch.int32)
         scale = -(-side // 4)
         image = coarse.repeat_interleave(scale, 1).repeat_interleave(scale, 2)[:, :side, :side]

@@ -32,7 +32,7 @@
 #error "libjpeg-turbo is needed: plain libjpeg cannot skip rows or columns"
 #endif
 
-#define ABI 1
+#define ABI 2
 #define WEIGHT_BITS 14
 #define MAX_FILE ((size_t)1 << 30)
 #define MAX_SIDE 65500
@@ -59,7 +59,7 @@ typedef struct {
   const char *const *path;    /* [rows], or NULL where `data` has the bytes */
   const uint8_t *const *data; /* [rows] */
   const int64_t *offset;      /* [rows], into the file */
-  const int64_t *length;      /* [rows] bytes; -1 for the whole file */
+  const int64_t *length;      /* [rows] bytes; -1 for a whole file, -2 - n for one that has to have n bytes */
   const int32_t *width;       /* [rows], as indexed */
   const int32_t *height;
   const Axis *windows;        /* [rows, views, 2]: x, y */
@@ -97,7 +97,7 @@ static int read_file(Workspace *ws, const char *path, int64_t offset, int64_t le
   struct stat facts;
   int result = FAILED;
   if (!fstat(file, &facts) && S_ISREG(facts.st_mode) && offset >= 0 && offset <= facts.st_size &&
-      length <= facts.st_size - offset) {
+      length <= facts.st_size - offset && (length >= -1 || facts.st_size == -2 - length)) {
     const uint64_t want = (uint64_t)(length < 0 ? facts.st_size - offset : length);
     size_t have = 0;
     if (want <= MAX_FILE && grow(&ws->file, want)) {
@@ -558,7 +558,113 @@ static int do_row(Workspace *ws, const Job *job, int32_t row) {
   return result;
 }
 
+/* ------------------------------------------------------------------------------------------------ headers */
+
+#define WINDOW 4096           /* bytes of a file that are read at a time: most headers lie in the first ones */
+#define MAX_WINDOWS 256       /* a file may have endless segments before its frame */
+#define ROWS_AT_ONCE 64
+
+enum { FOUND = 0, OTHER = 1, EMPTY = 2, IRREGULAR = 3 }; /* else -errno */
+
+typedef struct {
+  int64_t num_rows;
+  const int64_t *rows;        /* [num_rows] positions in all that follows; NULL: all of them in their order */
+  int32_t base;               /* the folder that names are relative to, or the file that pieces lie in */
+  int32_t only_facts;         /* size and time alone: nothing is opened */
+  const char *names;          /* each ends with a 0 */
+  const int64_t *ends;        /* end of each name, the 0 included; NULL: pieces of the file `base` */
+  const int64_t *offset, *length; /* of pieces */
+  int64_t *size, *modified;   /* of files: bytes, nanoseconds */
+  int32_t *width, *height;    /* of a JPEG, 8 bits a channel, whose header is whole */
+  int32_t *status;
+  int64_t next;
+} Headers;
+
+/* What lies at `at` of a part of a file: bytes that were read, 0 at its end, -errno. */
+static ssize_t look(int file, uint8_t *window, int64_t at, int64_t offset, int64_t length) {
+  if (at < 0 || at >= length) return 0;
+  const int64_t left = length - at;
+  for (;;) {
+    const ssize_t got = pread(file, window, left < WINDOW ? (size_t)left : WINDOW, (off_t)(offset + at));
+    if (got >= 0) return got;
+    if (errno != EINTR) return -errno;
+  }
+}
+
+/* Size of a JPEG from its segments, up to the first scan. Anything unusual is left to others. */
+static int32_t jpeg_size(int file, int64_t offset, int64_t length, int32_t *width, int32_t *height) {
+  uint8_t window[WINDOW];
+  int64_t start = 0, at = 2; /* of the window and of the next marker */
+  ssize_t have = look(file, window, 0, offset, length);
+  if (have < 0) return (int32_t)have;
+  if (have < 4 || window[0] != 0xff || window[1] != 0xd8) return OTHER;
+  int framed = 0;
+  for (int windows = 0; windows < MAX_WINDOWS;) {
+    if (at + 10 > start + have) { /* a frame header has no more */
+      start = at;
+      have = look(file, window, start, offset, length);
+      windows++;
+      if (have < 0) return (int32_t)have;
+      if (have < 4) return OTHER;
+    }
+    const uint8_t *segment = window + (at - start);
+    const int marker = segment[1];
+    if (segment[0] != 0xff || marker == 0xff || marker == 0 || marker == 0xd8 || marker == 0xd9) return OTHER;
+    if (marker == 0xda) return framed ? FOUND : OTHER;
+    const int32_t count = segment[2] << 8 | segment[3];
+    if (count < 2) return OTHER;
+    if (marker == 0xe2 && have - (at - start) >= 8 && !memcmp(segment + 4, "MPF", 4)) return OTHER; /* many pictures */
+    if (marker >= 0xc0 && marker <= 0xcf && marker != 0xc4 && marker != 0xc8 && marker != 0xcc) {
+      if (framed || count < 8 || have - (at - start) < 10 || segment[4] != 8) return OTHER;
+      *height = segment[5] << 8 | segment[6], *width = segment[7] << 8 | segment[8];
+      if (!*width || !*height || (segment[9] != 1 && segment[9] != 3 && segment[9] != 4)) return OTHER;
+      framed = 1;
+    }
+    at += 2 + count;
+  }
+  return OTHER;
+}
+
+static int32_t facts_of(const struct stat *facts, int64_t *size, int64_t *modified) {
+  *size = facts->st_size;
+  *modified = (int64_t)facts->st_mtim.tv_sec * 1000000000 + facts->st_mtim.tv_nsec;
+  if (!S_ISREG(facts->st_mode)) return IRREGULAR;
+  return facts->st_size ? FOUND : EMPTY;
+}
+
+static int32_t header_of(const Headers *job, int64_t row) {
+  if (!job->ends) {
+    if (!job->length[row]) return EMPTY;
+    return jpeg_size(job->base, job->offset[row], job->length[row], &job->width[row], &job->height[row]);
+  }
+  const char *name = job->names + (row ? job->ends[row - 1] : 0);
+  struct stat facts;
+  if (job->only_facts) {
+    if (fstatat(job->base, name, &facts, 0)) return -errno;
+    return facts_of(&facts, &job->size[row], &job->modified[row]);
+  }
+  const int file = openat(job->base, name, O_RDONLY | O_CLOEXEC | O_NONBLOCK); /* a pipe would wait for its writer */
+  if (file < 0) return -errno;
+  int32_t status = fstat(file, &facts) ? -errno : facts_of(&facts, &job->size[row], &job->modified[row]);
+  if (status == FOUND) status = jpeg_size(file, 0, facts.st_size, &job->width[row], &job->height[row]);
+  close(file);
+  return status;
+}
+
 /* ------------------------------------------------------------------------------------------------ entry points */
+
+/* Read headers of a job's rows until none is left; any number of threads share it. */
+void turbo_headers(Headers *job) {
+  for (;;) {
+    const int64_t first = __atomic_fetch_add(&job->next, ROWS_AT_ONCE, __ATOMIC_RELAXED);
+    if (first >= job->num_rows) return;
+    const int64_t end = first + ROWS_AT_ONCE < job->num_rows ? first + ROWS_AT_ONCE : job->num_rows;
+    for (int64_t i = first; i < end; i++) {
+      const int64_t row = job->rows ? job->rows[i] : i;
+      job->status[row] = header_of(job, row);
+    }
+  }
+}
 
 void *turbo_workspace(void) { return calloc(1, sizeof(Workspace)); }
 

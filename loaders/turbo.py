@@ -1,19 +1,13 @@
-"""The compiled core (`turbo.c`): batches that threads decode and crop without Python's lock.
-
-It is built when the package is installed, if a C compiler and libjpeg-turbo's headers are there; `why_missing` says
-what to do where it is not.
-"""
+"""Batches that threads decode and crop in the compiled core (`turbo.c`), without Python's lock."""
 
 from __future__ import annotations
 
 import ctypes
-import functools
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
-from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
@@ -22,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from loaders import core
 from loaders.contract import CropMemory, HostBatch, Order
 from loaders.decode import RAW
 from loaders.host import load_row
@@ -29,13 +24,8 @@ from loaders.index import Index
 from loaders.sampler import Plan
 from loaders.views import View
 
-_ABI = 1
 _SKIP, _JPEG, _RAW = -1, 0, 1  # how the core takes a row's bytes
 DONE = 0  # status of a row; any other leaves it to the host
-HOW_TO_BUILD = (
-    "run `apt-get install gcc libjpeg62-turbo-dev` (libjpeg-turbo8-dev on Ubuntu, libjpeg-turbo-devel on Fedora) and "
-    "then `pip install --editable .` again"
-)
 
 
 class _View(ctypes.Structure):
@@ -51,41 +41,6 @@ class _Job(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("windows", "flip", "views", "status")),
         ("next", ctypes.c_int32),
     )
-
-
-@functools.cache
-def _load() -> tuple[Any, str]:
-    """The library, or None and why there is none."""
-    files = sorted(Path(__file__).parent.glob("_turbo*.so"))
-    if not files:
-        return None, f"the compiled core was not built; {HOW_TO_BUILD}"
-    try:
-        library = ctypes.CDLL(str(files[0]))
-    except OSError as error:
-        return None, f"the compiled core cannot be loaded ({error}); {HOW_TO_BUILD}"
-    if library.turbo_abi() != _ABI:
-        return None, "the compiled core is from another version; run `pip install --editable .` again"
-    library.turbo_workspace.restype = ctypes.c_void_p
-    library.turbo_free.argtypes = [ctypes.c_void_p]
-    library.turbo_run.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
-    library.turbo_vectors(1)
-    return library, ""
-
-
-def why_missing() -> str:
-    """Why the core cannot be used here, and what to do; "" if it can."""
-    return _load()[1]
-
-
-def use_vectors(wanted: bool) -> bool:
-    """Choose the vector path of the core or its plain one, which give the same pixels; whether it is the vector one."""
-    return bool(_load()[0].turbo_vectors(int(wanted)))
-
-
-def libjpeg_version() -> str:
-    """Of libjpeg-turbo, as `2.1.5`."""
-    number = _load()[0].turbo_libjpeg()
-    return f"{number // 1_000_000}.{number // 1000 % 1000}.{number % 1000}"
 
 
 Memory = Callable[[NDArray[np.int64]], tuple[NDArray[np.uint64], object]]
@@ -176,15 +131,15 @@ class Job:
 
     def run(self, workspace: int) -> None:
         """Work on rows until none is left; several threads may, each with a workspace of its own."""
-        _load()[0].turbo_run(ctypes.addressof(self._job), workspace)
+        core.load()[0].turbo_run(ctypes.addressof(self._job), workspace)
 
     def run_alone(self) -> None:
         """Work on all rows in this thread."""
-        workspace = _load()[0].turbo_workspace()
+        workspace = core.load()[0].turbo_workspace()
         try:
             self.run(workspace)
         finally:
-            _load()[0].turbo_free(workspace)
+            core.load()[0].turbo_free(workspace)
 
 
 class Workers:
@@ -193,7 +148,7 @@ class Workers:
     def __init__(self, count: int) -> None:
         self.count = count
         self._pool = ThreadPoolExecutor(count, thread_name_prefix="turbo")
-        self._all = [_load()[0].turbo_workspace() for _ in range(count)]
+        self._all = [core.load()[0].turbo_workspace() for _ in range(count)]
         self._free: SimpleQueue[int] = SimpleQueue()
         for workspace in self._all:
             self._free.put(workspace)
@@ -213,7 +168,7 @@ class Workers:
         """End the threads and free their memory."""
         self._pool.shutdown(wait=True, cancel_futures=True)
         while self._all:
-            _load()[0].turbo_free(self._all.pop())
+            core.load()[0].turbo_free(self._all.pop())
 
 
 class _Batch:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from loaders import contract, turbo
+from loaders import contract, core, turbo
 from loaders.contract import HostBatch, Order
 from loaders.errors import DataError
 
@@ -25,7 +25,7 @@ class Options(contract.Options):
     @classmethod
     def missing(cls) -> str:
         """The compiled core is optional."""
-        reason = turbo.why_missing()
+        reason = core.why_missing()
         return f"turbo: {reason}, or set data.backend=folder" if reason else ""
 
     @classmethod
@@ -36,13 +36,13 @@ class Options(contract.Options):
     @classmethod
     def about(cls) -> str:
         """Which decoder and which code path."""
-        path = "AVX2" if turbo.use_vectors(True) else "plain (no AVX2)"
-        return f"works: libjpeg-turbo {turbo.libjpeg_version()}, {path}"
+        path = "AVX2" if core.use_vectors(True) else "plain (no AVX2)"
+        return f"works: libjpeg-turbo {core.libjpeg_version()}, {path}"
 
     @classmethod
     def versions(cls) -> dict[str, str]:
         """Of the decoder."""
-        return {} if turbo.why_missing() else {"libjpeg-turbo": turbo.libjpeg_version()}
+        return {} if core.why_missing() else {"libjpeg-turbo": core.libjpeg_version()}
 
     def batches(self, order: Order) -> Iterator[HostBatch]:
         """See `contract.Options`."""

@@ -80,7 +80,7 @@ def convert(source, out, **options):
     given = {
         "source": source, "out": out, "mode": "jpg", "max_side": 500, "quality": 90, "reencode": False,
         "raw_share": 0.5, "smart_kib": 360, "on_bad_image": "stop", "quarantine": None, "max_pixels": 10**8,
-        "page_mib": 2, "workers": 2, "limit": None, **options,
+        "page_mib": 2, "workers": 2, "limit": None, "labels": None, **options,
     }  # fmt: skip
     return tool("convert_imagenet_to_ffcv").convert(argparse.Namespace(**given))
 

@@ -1,5 +1,6 @@
 """Where images come from: folders, lists, tar shards, `.beton` files; quarantine; and the tools around them."""
 
+import dataclasses
 import importlib.util
 import io
 import json
@@ -16,7 +17,8 @@ import torch
 from PIL import Image
 
 import loaders
-from loaders import DataError, beton, dali_loader, turbo
+from loaders import DataError, beton, core, dali_loader, turbo
+from loaders.config import Request
 from loaders.errors import BadImage
 from loaders.sources import open_index
 from tests.images import odd_files, picture, write_tree
@@ -29,7 +31,8 @@ BACKENDS = [name for name in FILES if not loaders.load(name).Options.missing()]
 
 
 def open_at(root, **options):
-    return open_index(root, max_pixels=options.pop("max_pixels", 10**8), **options)
+    quarantine = options.pop("quarantine", None)
+    return open_index(root, Request(options.pop("max_pixels", 10**8), **options), quarantine=quarantine)
 
 
 def files_of(tree):
@@ -63,11 +66,15 @@ def test_integers_in_a_list_are_labels(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("class0/0000.jpg", r"line 1: expected `<image> <class>`"),
-        ("/etc/passwd 0", r"line 1: expected a path below the list's folder"),
-        ("../x.jpg 0", r"line 1: expected a path below the list's folder"),
-        ("class0/none.jpg 0", r"line 1: .*none\.jpg.*No such file"),
-        ("", r"no images; expected `<image> <class>` on each line"),
+        (
+            "class0/0000.jpg\nclass0/0003.jpg 1",
+            r"line 2: has a class, the first line has none.*expected `<image> <class>`",
+        ),
+        ("class0/0000.jpg 0\nclass0/0003.jpg", r"line 2: has no class, the first line has one"),
+        ("\t0", r"line 1: expected the path of an image"),
+        ("class0/0000.jpg 0\n\n../x.jpg 0", r"line 3: .*x\.jpg: no such file; expected a path relative to the list"),
+        ("class0/none.jpg", r"line 1: .*none\.jpg: no such file"),
+        ("", r"no images; expected `<image>` or `<image> <class>` on each line"),
     ],
 )
 def test_errors_of_a_list_name_its_line(line, message, tmp_path):
@@ -170,7 +177,7 @@ def test_strategies_give_the_same_stream(mode, strategy, tree):
 def test_without_the_core_a_beton_is_cut_on_the_host(tree, monkeypatch):
     path = as_beton(tree, mode="mixed")
     fast = take(open_train(config("ffcv", path)), 6)
-    monkeypatch.setattr(turbo, "why_missing", lambda: "not built")
+    monkeypatch.setattr(core, "why_missing", lambda: "not built")
     for a, b in zip(fast, take(open_train(config("ffcv", path)), 6), strict=True):
         assert torch.equal(a.rows, b.rows) and ((a.views[1] - b.views[1]).abs() * 255 * 0.225).max() <= 2.5
 
@@ -394,7 +401,7 @@ def test_the_limit_of_pixels_is_kept_though_a_file_changed(tmp_path):
     from tests.images import bomb
 
     root = write_tree(tmp_path / "data")
-    index = open_at(root)
+    index = dataclasses.replace(open_at(root), size=None)  # a file that has the bytes it had
     (root / "class0" / "0000.jpg").write_bytes(bomb(30_000, 30_000))
     with pytest.raises(BadImage, match=r"is 30000x30000 pixels, the index says|cannot be decoded"):
         index.read(0)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from loaders import turbo
+from loaders import core, turbo
+from loaders.config import Request
 from loaders.contract import CropMemory, Order
 from loaders.errors import BadImage
 from loaders.sampler import Plan, Stream
@@ -16,7 +17,7 @@ from loaders.sources import open_index
 from loaders.views import View
 from tests.images import picture
 
-pytestmark = pytest.mark.skipif(bool(turbo.why_missing()), reason=turbo.why_missing() or "built")
+pytestmark = pytest.mark.skipif(bool(core.why_missing()), reason=core.why_missing() or "built")
 
 VARIANTS = [
     *({"subsampling": s, "progressive": p} for s in ("4:4:4", "4:2:2", "4:2:0", "4:1:1") for p in (False, True)),
@@ -27,7 +28,7 @@ VARIANTS = [
 
 @pytest.fixture(autouse=True)
 def _vectors_again():
-    choose = turbo._load()[0].turbo_vectors
+    choose = core.load()[0].turbo_vectors
     yield
     choose(1)
 
@@ -41,7 +42,7 @@ def save(path, pixels, *, gray=False, **options):
 def index_of(tmp_path, variants=VARIANTS, height=157, width=203):
     for number, options in enumerate(variants):
         save(tmp_path / "data" / "class" / f"{number:02d}.jpg", picture(number, height, width), **options)
-    return open_index(tmp_path / "data", max_pixels=10**8)
+    return open_index(tmp_path / "data", Request(10**8))
 
 
 def crop_memory(view, count):
@@ -123,14 +124,14 @@ def test_both_paths_give_the_same_pixels_and_flips_are_mirrors(tmp_path):
     index = index_of(tmp_path)
     rows = list(range(len(index)))
     windows = [(3 + row, 5, 100 + row, 61 + 9 * row) for row in rows]
-    if not turbo.use_vectors(True):
+    if not core.use_vectors(True):
         pytest.skip("no AVX2 on this machine")
     for size in (1, 3, 10, 11, 96, 224):
         for interpolation in ("bilinear", "bicubic"):
-            turbo.use_vectors(True)
+            core.use_vectors(True)
             fast = cut(index, rows, view(size, interpolation), windows)
             flipped = cut(index, rows, view(size, interpolation), windows, flip=True)
-            turbo.use_vectors(False)
+            core.use_vectors(False)
             assert torch.equal(cut(index, rows, view(size, interpolation), windows), fast)
             assert torch.equal(flipped, fast.flip(2))
 
@@ -192,7 +193,7 @@ def test_whatever_it_takes_the_host_would_take_too(tmp_path):
         broken.append(bytes(flipped))
     for number, body in enumerate(broken):
         (folder / f"b{number:03d}.jpg").write_bytes(body)
-    index = open_index(tmp_path / "data", max_pixels=10**8)
+    index = open_index(tmp_path / "data", Request(10**8))
     crops = crop_memory(view(8), len(index))
     axes = np.broadcast_to(np.array([[8.0, 16, 8, 1], [16, 24, 16, 1]]), (len(index), 1, 2, 4))
     flip = np.zeros((len(index), 1), dtype=bool)
@@ -231,7 +232,7 @@ def test_a_limit_of_pixels_is_kept(tmp_path):
 def test_a_machine_without_the_core_is_told_what_to_do(tmp_path, monkeypatch):
     from loaders import DataError, turbo_loader
 
-    monkeypatch.setattr(turbo, "_load", lambda: (None, f"the compiled core was not built; {turbo.HOW_TO_BUILD}"))
+    monkeypatch.setattr(core, "load", lambda: (None, f"the compiled core was not built; {core.HOW_TO_BUILD}"))
     stream = Stream(index_of(tmp_path, [{}]), (view(8),), 0)
     with pytest.raises(DataError, match=r"apt-get install gcc libjpeg62-turbo-dev.*set data.backend=folder"):
         turbo_loader.Options().batches(Order(stream, [[0]], True, 1, torch.device("cpu")))

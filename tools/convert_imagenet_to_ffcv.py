@@ -28,6 +28,7 @@ from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
 
 from loaders import DataError, Index, beton, machine
+from loaders.config import Request
 from loaders.decode import jpeg_frame
 from loaders.errors import BadImage
 from loaders.sources import open_index
@@ -50,7 +51,7 @@ class Encoder:
         index, options = self.index, self.options
         pixels = index.read(row)
         height, width = pixels.shape[1:]
-        label, mode = int(index.label[row]), options.mode
+        label, mode = None if index.label is None else int(index.label[row]), options.mode
         longest = max(height, width)
         fits = not options.max_side or longest <= options.max_side
         if longest > beton.MAX_SIDE and fits:
@@ -92,7 +93,9 @@ def convert(options: argparse.Namespace) -> int:
     """Write the file and name what it left out. Returns the number of images."""
     source, out = Path(options.source), Path(options.out)
     quarantine = Path(options.quarantine) if options.quarantine else None
-    index = open_index(source, max_pixels=options.max_pixels, quarantine=quarantine)
+    request = Request(options.max_pixels, options.labels, asks_labels=False)
+    index = open_index(source, request, quarantine=quarantine)
+    print(f"{source}: {len(index):,} images, {index.reading}", flush=True)
     rows = range(len(index) if options.limit is None else min(options.limit, len(index)))
     left_out: list[dict[str, str]] = []
 
@@ -120,7 +123,14 @@ def convert(options: argparse.Namespace) -> int:
     out.parent.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)  # the threads are ours
     with ThreadPoolExecutor(options.workers) as pool:
-        count = beton.write(out, samples(pool), at_most=len(rows), page_size=options.page_mib << 20, facts=facts)
+        count = beton.write(
+            out,
+            samples(pool),
+            at_most=len(rows),
+            page_size=options.page_mib << 20,
+            facts=facts,
+            has_labels=index.label is not None,
+        )
     for entry in left_out:
         print(f"left out: {entry['path']}: {entry['reason']}")
     return count
@@ -138,7 +148,7 @@ def verify(path: Path, workers: int) -> list[str]:
         for number, damaged in tqdm(pages, total=total, desc="checksums", unit=" pages", disable=None):
             if damaged:
                 problems.append(f"page {number} differs from what was written")
-    index = open_index(path, max_pixels=beton.MAX_SIDE**2)
+    index = open_index(path, Request(beton.MAX_SIDE**2, asks_labels=False))
 
     def decodes(row: int) -> str:
         try:
@@ -157,7 +167,7 @@ def verify(path: Path, workers: int) -> list[str]:
 def main() -> int:
     """Parse the command line; convert or verify."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", nargs="?", help="folder of class folders, list file, tar shards or .beton")
+    parser.add_argument("source", nargs="?", help="anything that data.train takes, with or without labels")
     parser.add_argument("out", nargs="?", help="the file to write, ending in .beton")
     parser.add_argument("--verify", type=Path, metavar="BETON", help="check this file instead, reading all of it")
     parser.add_argument("--mode", choices=["jpg", "raw", "mixed", "smart"], default="jpg")
@@ -170,6 +180,7 @@ def main() -> int:
     parser.add_argument("--smart-kib", type=int, default=360, help="smart: raw up to this size (%(default)s)")
     parser.add_argument("--on-bad-image", choices=["stop", "skip"], default="stop")
     parser.add_argument("--quarantine", help="list of images to leave out, as tools/scan_images.py writes it")
+    parser.add_argument("--labels", choices=["auto", "none"], help="as data.labels of a recipe")
     parser.add_argument("--max-pixels", type=int, default=100_000_000, help="larger images count as bad (%(default)s)")
     parser.add_argument("--page-mib", type=int, default=8, help="page size; an image lies in one (%(default)s)")
     parser.add_argument("--workers", type=int, default=machine.cores(), help="threads (%(default)s)")

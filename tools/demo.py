@@ -104,7 +104,9 @@ def pixel_baselines(recipe: Recipe) -> dict[str, float]:
         loader = loaders.open_eval(recipe.data, loaders.open_data(recipe.data, split))  # type: ignore[arg-type]
         batches = list(loader)
         loader.close()
-        return torch.cat([b.views[0][:, 0].flatten(1) for b in batches]), torch.cat([b.label for b in batches])
+        return torch.cat([b.views[0][:, 0].flatten(1) for b in batches]), torch.cat(
+            [b.label for b in batches if b.label is not None]
+        )
 
     (train_x, train_y), (val_x, val_y) = pixels("train"), pixels("val")
     classes = int(train_y.max()) + 1

@@ -4,11 +4,13 @@
     python tools/train.py recipes/burn_stage1.yaml data.quarantine=runs/scan/quarantine.jsonl
 
 Every image is read and decoded (nothing beyond --max-pixels is). Unusable ones (empty, truncated, not an image, too
-large) go to quarantine.jsonl, which every back end honors; CMYK, wrongly named, duplicate and otherwise odd ones are
-listed in report.json and stay. Exit code 1 if anything is unusable.
+large) go to quarantine.jsonl, which every back end honors, as soon as they are found; CMYK, wrongly named, duplicate
+and otherwise odd ones are listed in report.json and stay. Exit code 1 if anything is unusable, 130 if it was stopped by
+Ctrl-C: both files then hold what was found so far.
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -18,7 +20,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import _root  # noqa: F401
 import numpy as np
@@ -26,7 +28,9 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from loaders import DataError, Index, machine, turbo
+from engine.results.runs import write_json
+from loaders import DataError, Index, core, machine, turbo
+from loaders.config import Request
 from loaders.decode import jpeg_frame
 from loaders.errors import BadImage
 from loaders.sources import open_index
@@ -49,7 +53,7 @@ class Scanner:
 
     def __init__(self, index: Index, *, duplicates: bool) -> None:
         self.index, self.duplicates = index, duplicates
-        self._has_core = not turbo.why_missing()
+        self._has_core = not core.why_missing()
 
     def __call__(self, rows: list[int]) -> list[tuple[int, str, list[str], bytes]]:
         """For each row: why it cannot be used or "", what is odd about it, and a hash of its bytes."""
@@ -84,11 +88,14 @@ class Scanner:
         if frame and frame.components == 4:
             found.append("CMYK")
         if not frame and format not in ("", "RAW"):
-            with Image.open(BytesIO(content)) as image:
-                if image.mode in ("CMYK", "I;16", "RGBA", "LA", "P"):
-                    found.append(f"mode {image.mode}")
-                if getattr(image, "n_frames", 1) > 1 and format != "MPO":
-                    found.append("animated")
+            try:
+                with Image.open(BytesIO(content)) as image:
+                    if image.mode in ("CMYK", "I;16", "RGBA", "LA", "P"):
+                        found.append(f"mode {image.mode}")
+                    if getattr(image, "n_frames", 1) > 1 and format != "MPO":
+                        found.append("animated")
+            except Exception as error:  # Pillow raises of every kind where it counts pictures; the first one is sound
+                found.append(f"damaged after its first picture ({type(error).__name__})")
         return found
 
 
@@ -97,10 +104,14 @@ def scan(index: Index, workers: int, *, duplicates: bool) -> Iterator[tuple[int,
     chunks = [list(range(at, min(at + CHUNK, len(index)))) for at in range(0, len(index), CHUNK)]
     torch.set_num_threads(1)
     scanner = Scanner(index, duplicates=duplicates)
-    with ThreadPoolExecutor(workers) as pool, tqdm(total=len(index), unit=" images", disable=None) as progress:
-        for found in pool.map(scanner, chunks):
-            progress.update(len(found))
-            yield from found
+    pool = ThreadPoolExecutor(workers)
+    try:
+        with tqdm(total=len(index), unit=" images", disable=None) as progress:
+            for found in pool.map(scanner, chunks):
+                progress.update(len(found))
+                yield from found
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def main() -> int:
@@ -112,12 +123,33 @@ def main() -> int:
     parser.add_argument("--no-duplicates", action="store_true", help="do not look for files with equal bytes")
     parser.add_argument("--workers", type=int, default=machine.cores(), help="threads (%(default)s)")
     arguments = parser.parse_args()
+    folder = arguments.report
     try:
-        index = open_index(arguments.data, max_pixels=arguments.max_pixels)
-        report = build_report(index, arguments.workers, duplicates=not arguments.no_duplicates)
+        if folder:
+            folder.mkdir(parents=True, exist_ok=True)
+        index = open_index(arguments.data, Request(arguments.max_pixels, asks_labels=False))
+        with open(folder / "quarantine.jsonl" if folder else os.devnull, "w", encoding="utf-8") as quarantine:
+            report = build_report(index, arguments.workers, quarantine, duplicates=not arguments.no_duplicates)
+        if folder:
+            write_json(report, folder / "report.json")
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        print(f"error: --report: {error.filename or folder}: {error.strerror}", file=sys.stderr)
+        return 2
+    with contextlib.suppress(BrokenPipeError):  # `| head` has seen enough; the files are written
+        show(report)
+        if folder:
+            print(f"written: {folder}/report.json and quarantine.jsonl (data.quarantine=...)")
+        sys.stdout.flush()
+    if not report["complete"]:
+        return 130
+    return 1 if report["unusable"] else 0
+
+
+def show(report: dict[str, Any]) -> None:
+    """Print a report."""
     for entry in report["unusable"]:
         print(f"unusable: {shown(entry['path'])}: {entry['reason']}")
     for entry in report["odd"]:
@@ -125,33 +157,38 @@ def main() -> int:
     for names in report["duplicates"]:
         print(f"equal bytes: {', '.join(map(shown, names))}")
     print(
-        f"{report['images']:,} images, {len(report['unusable'])} unusable, {len(report['odd'])} odd, "
+        f"{'' if report['complete'] else 'stopped: '}{report['looked_at']:,} of {report['images']:,} images looked at, "
+        f"{len(report['unusable'])} unusable, {len(report['odd'])} odd, "
         f"{len(report['duplicates'])} groups of equal files; formats {report['formats']}"
     )
-    if arguments.report:
-        arguments.report.mkdir(parents=True, exist_ok=True)
-        (arguments.report / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        lines = "".join(json.dumps(entry) + "\n" for entry in report["unusable"])
-        (arguments.report / "quarantine.jsonl").write_text(lines, encoding="utf-8")
-        print(f"written: {arguments.report}/report.json and quarantine.jsonl (data.quarantine=...)")
-    return 1 if report["unusable"] else 0
 
 
-def build_report(index: Index, workers: int, *, duplicates: bool = True) -> dict[str, Any]:
-    """What a scan found: plain data for JSON, names as `os.fsdecode` gives them."""
-    unusable, odd = [], []
+def build_report(index: Index, workers: int, quarantine: TextIO, *, duplicates: bool = True) -> dict[str, Any]:
+    """What a scan found: plain data for JSON, names as `os.fsdecode` gives them.
+
+    Args:
+        quarantine: where each unusable image is written when it is found.
+    """
+    unusable, odd, count, is_complete = [], [], 0, True
     same: dict[bytes, list[int]] = defaultdict(list)
-    for row, problem, what, digest in scan(index, workers, duplicates=duplicates):
-        name = os.fsdecode(index.name(row))
-        if problem:
-            unusable.append({"path": name, "reason": problem})
-        elif what:
-            odd.append({"path": name, "what": what})
-        if digest:
-            same[digest].append(row)
+    try:
+        for row, problem, what, digest in scan(index, workers, duplicates=duplicates):
+            name, count = os.fsdecode(index.name(row)), count + 1
+            if problem:
+                unusable.append({"path": name, "reason": problem})
+                quarantine.write(json.dumps(unusable[-1]) + "\n")
+                quarantine.flush()
+            elif what:
+                odd.append({"path": name, "what": what})
+            if digest:
+                same[digest].append(row)
+    except KeyboardInterrupt:
+        is_complete = False
     return {
         "root": str(index.root),
         "images": len(index),
+        "looked_at": count,
+        "complete": is_complete,
         "fingerprint": index.fingerprint,
         "formats": dict(Counter(format.decode() or "none" for format in index.format.tolist())),
         "unusable": unusable,

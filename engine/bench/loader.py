@@ -15,7 +15,7 @@ import loaders
 from engine.bench.clock import Candidate, interleave, median_range
 from engine.provenance import environment
 from engine.recipe import Recipe
-from loaders import Index, turbo
+from loaders import Index, core, turbo
 from loaders.contract import HostBatch, Order
 from loaders.errors import BadImage
 from loaders.sampler import Stream, TrainPositions
@@ -89,7 +89,7 @@ def measure(recipe: Recipe, *, batches: int = 12, rounds: int = 3) -> dict[str, 
     threads, batch = loaders.workers_per_rank(data, 1), data.micro_batch
     reasons = loaders.why_unusable(data)
     names = [name for name, reason in reasons.items() if not reason]
-    has_floor = not turbo.why_missing() and data.options.reads_files
+    has_floor = not core.why_missing() and data.options.reads_files
     candidates = [decode_floor(index, batch, threads, recipe.seed)] if has_floor else []
     for name in names:
         candidates.append(crops_of(name, index, data.views, batch, threads, recipe.seed))

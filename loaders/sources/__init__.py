@@ -1,11 +1,13 @@
 """Where images come from: one file for each kind of source, found automatically.
 
-A file here has `claims(root) -> bool`, whether a path is of its kind, and `open_index(root, max_pixels) -> Index`,
-which raises `DataError` where it is not laid out as expected. What none of them claims is treated as class folders.
+A file here has `WHAT`, what it reads in a few words; `claims(root) -> bool`, whether a path is of its kind; and
+`open_index(root, request) -> Index`, which raises `DataError` where it is not laid out as expected. A path that two of
+them claim is refused.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 import os
@@ -13,38 +15,68 @@ import pkgutil
 from pathlib import Path
 from types import ModuleType
 
+from loaders import index_file
+from loaders.config import Request
 from loaders.errors import DataError
 from loaders.index import Index
-from loaders.sources import folders
+from loaders.sources import folders, shards
 
 
-def open_index(root: Path, *, max_pixels: int, quarantine: Path | None = None) -> Index:
+def open_index(root: Path, request: Request, *, quarantine: Path | None = None) -> Index:
     """Index a data set, from the cache when nothing changed.
 
     Args:
-        root: a folder `<root>/<class>/**/<image>`; a list file with `<image> <class>` on each line, paths relative
-            to it; a folder or pattern of tar shards (`shards/*.tar`); or a `.beton` file.
-        max_pixels: an image with more is a problem and is never decoded.
+        root: a folder of images, flat, in class folders or in a tree; a list file with `<image>` or `<image> <class>`
+            on each line; a folder or pattern of tar shards (`shards/*.tar`) or Parquet files; a `.beton` file; or an
+            `.index` file that tools/make_index.py wrote.
         quarantine: list of images to leave out, as `tools/scan_images.py` writes it.
 
     Raises:
         DataError: there is no such data set, or it is not laid out as expected.
     """
-    index = _source_of(root).open_index(root, max_pixels)
-    return index.without(read_quarantine(quarantine)) if quarantine else index
+    root = root.expanduser()
+    if root.suffix == index_file.SUFFIX and not root.is_dir():
+        index = _of_file(root, request)
+    else:
+        index = source_of(root).open_index(root, request)
+    if quarantine is None:
+        return index
+    reasons = read_quarantine(quarantine)
+    digest = hashlib.sha256(b"\0".join(sorted(reasons)))
+    stamp = f"{index.fingerprint} {digest.hexdigest()} {index.root} {sorted(index.unread)}"
+    key = ("quarantine", request.labels or "", digest.hexdigest())
+    without = index_file.cached(root, key, stamp, request.max_pixels, lambda: index.without(reasons))
+    return without.at(index.root, index.pieces.files if index.pieces else None)
 
 
-def _source_of(root: Path) -> ModuleType:
-    for name in sorted(module.name for module in pkgutil.iter_modules(__path__)):
-        source = importlib.import_module(f"{__name__}.{name}")
-        if source.claims(root):
-            return source
-    return folders
+def _of_file(path: Path, request: Request) -> Index:
+    index = index_file.open_travelled(path, request.max_pixels)
+    if request.labels == "none" and index.label is not None:
+        raise DataError(f"{path}: has labels, and data.labels is none; make it again with --labels none")
+    return index
+
+
+def source_of(root: Path) -> ModuleType:
+    """The source that reads a path.
+
+    Raises:
+        DataError: none does, or more than one.
+    """
+    modules = [importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)]
+    found = [module for module in modules if module.claims(root)]
+    if len(found) > 1:
+        kinds = " and ".join(module.WHAT for module in found)
+        raise DataError(
+            f"{root}: holds {kinds}, which are two data sets; move one of them away, or name one of them, such as "
+            f"{root}/*.tar"
+        )
+    return found[0] if found else folders
 
 
 def is_there(root: Path) -> bool:
     """Whether there is anything to index at a path or pattern."""
-    return root.exists() or bool(list(root.parent.glob(root.name)))
+    root = root.expanduser()
+    return root.exists() or any(shards.matching(pattern) for pattern in shards.expand(str(root)))
 
 
 def read_quarantine(path: Path) -> dict[bytes, str]:

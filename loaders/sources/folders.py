@@ -1,86 +1,155 @@
-"""A folder with one folder of images per class; and image files in general."""
+"""A folder of images: one folder per class, a tree of any depth, or all in one place; and image files in general."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-from loaders import headers
+from loaders import headers, index_file
+from loaders.config import Request
 from loaders.errors import DataError
-from loaders.index import Index
+from loaders.index import Index, Names
 
+WHAT = "images"
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".tif", ".tiff", ".webp")
-
-
-class File(NamedTuple):
-    """One image file."""
-
-    path: bytes
-    """Below the root."""
-    label: int
-    bytes: int
-    modified: int
-    """Nanoseconds."""
+_OF_THE_SYSTEM = {"lost+found", "@eaDir", "#recycle", "$RECYCLE.BIN", "__MACOSX", "System Volume Information"}
+"""Folders that file systems and storage servers put beside the user's; some hold thumbnails."""
 
 
 def claims(root: Path) -> bool:
-    """Never: this is what is tried where no other source claims a path."""
-    return False
+    """A folder with an image somewhere in it."""
+    return root.is_dir() and next(_images(root, ""), None) is not None
 
 
-def open_index(root: Path, max_pixels: int) -> Index:
-    """Classes are the folders in `root`, in order of their names; images lie anywhere below them."""
-    if not root.is_dir():
-        raise DataError(f"{root}: no such folder; expected one folder of images per class in it")
-    classes = sorted(e.name for e in os.scandir(root) if e.is_dir() and not e.name.startswith("."))
-    if not classes:
-        raise DataError(f"{root}: no class folders; expected <root>/<class>/<image>")
-    files = []
-    for label, name in enumerate(classes):
-        paths = sorted(_images(root / name))
-        if not paths:
-            raise DataError(
-                f"{root / name}: class without images; expected files ending in {', '.join(EXTENSIONS)}, "
-                "remove the folder or fill it"
-            )
-        for path in paths:
-            status = os.stat(path)
-            relative = os.fsencode(os.path.relpath(path, root))
-            files.append(File(relative, label, status.st_size, status.st_mtime_ns))
-    return index_of(root, root, classes, files, max_pixels)
+def open_index(root: Path, request: Request) -> Index:
+    """Rows in order of the folders in `root`, then of paths. These folders are the classes.
+
+    Raises:
+        DataError: there is no image, a folder cannot be listed, or labels are asked for and not all images have one.
+    """
+    entries = _entries(root)
+    folders = sorted(entry.name for entry in entries if _is_folder(entry))
+    loose = sorted(entry.name for entry in entries if _is_image(entry))
+    has_folders = any(next(_images(root / name, ""), None) is not None for name in folders)
+    if loose and has_folders and request.labels is None:
+        raise DataError(
+            f"{root}: holds both images ({loose[0]}) and folders of images, which can be read in two ways; set "
+            "data.labels=none to take all of them without labels, or data.labels=auto for the folders as classes, "
+            "without the others"
+        )
+    has_classes = has_folders and request.labels != "none"
+    counts: list[int] = []
+
+    def names() -> Iterator[bytes]:
+        if not has_classes:
+            yield from map(os.fsencode, loose)
+        for name in folders:
+            below = sorted(_images(root / name, f"{name}/"))
+            counts.append(len(below))
+            yield from map(os.fsencode, below)
+
+    found = Names.of(names())
+    if not len(found):
+        raise DataError(f"{root}: no images; expected files ending in {', '.join(EXTENSIONS)}")
+    if not has_classes:
+        return index_of(root, root, found, None, [], "images without labels", request)
+    empty = [name for name, count in zip(folders, counts, strict=True) if not count]
+    if empty and request.asks_labels:
+        raise DataError(
+            f"{root / empty[0]}: class without images; expected files ending in {', '.join(EXTENSIONS)}, "
+            "remove the folder or fill it"
+        )
+    classes = [name for name in folders if name not in set(empty)]
+    label = np.repeat(np.arange(len(classes), dtype=np.int32), [count for count in counts if count])
+    reading = f"{len(classes)} folders as classes (data.labels=none: the same images without labels)"
+    if loose:
+        reading += f", without the {len(loose)} images beside them"
+    return index_of(root, root, found, label, classes, reading, request)
 
 
-def _images(folder: Path) -> Iterator[str]:
-    for where, folders, names in os.walk(folder):  # does not follow links below the class: no loops
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            if name.lower().endswith(EXTENSIONS) and not name.startswith("."):
-                yield os.path.join(where, name)
+def _entries(folder: str | Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return [entry for entry in entries if not entry.name.startswith(".")]
+    except FileNotFoundError:
+        raise DataError(f"{folder}: no such folder; expected images in it, or one folder of images per class") from None
+    except OSError as error:  # left out in silence, its images would be missing from the data set
+        raise DataError(f"{folder}: cannot be listed: {error.strerror}") from None
 
 
-def index_of(root: Path, base: Path, classes: list[str], files: list[File], max_pixels: int) -> Index:
-    """The index of image files.
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir() and entry.name not in _OF_THE_SYSTEM
+    except OSError:  # a link in a circle
+        return False
+
+
+def _is_image(entry: os.DirEntry[str]) -> bool:
+    return entry.name.lower().endswith(EXTENSIONS) and not _is_folder(entry)
+
+
+def _images(folder: str | Path, prefix: str, above: tuple[tuple[int, int], ...] = ()) -> Iterator[str]:
+    """Paths of the images in a folder and below it, `prefix` before each; links are followed, but not in circles."""
+    try:
+        here = os.stat(folder)
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be listed: {error.strerror}") from None
+    if (here.st_dev, here.st_ino) in above:
+        return
+    inner = []
+    for entry in _entries(folder):
+        if _is_folder(entry):
+            inner.append(entry.name)
+        elif entry.name.lower().endswith(EXTENSIONS):
+            yield prefix + entry.name
+    for name in inner:
+        yield from _images(os.path.join(folder, name), f"{prefix}{name}/", (*above, (here.st_dev, here.st_ino)))
+
+
+def index_of(
+    root: Path,
+    base: Path,
+    names: Names,
+    label: NDArray[np.int32] | None,
+    classes: list[str],
+    reading: str,
+    request: Request,
+) -> Index:
+    """The index of image files, from the cache where nothing changed; only changed files are read again.
 
     Args:
         root: what `data.train` names: the key of the cache.
-        base: the folder that the files' paths are relative to.
+        base: the folder that the names are relative to.
     """
-
-    def scan() -> headers.Arrays:
-        paths = [os.path.join(os.fsencode(base), file.path) for file in files]
-        return headers.read_headers(root, paths, headers.of_file, max_pixels)
-
-    stamps = (b"\0".join((file.path, f"{file.label} {file.bytes} {file.modified}".encode())) for file in files)
-    arrays = headers.cached(root, stamps, max_pixels, scan)
-    return Index(
+    digest = hashlib.sha256(names.blob.data)
+    digest.update(b"" if label is None else label.data)
+    digest.update("\0".join([reading, *classes]).encode("utf-8", "surrogateescape"))
+    stamp = f"files {digest.hexdigest()}"
+    path = index_file.cache_path(root, "files", request.labels or "")
+    if path is not None and index_file.header_of(path).get("stamp") == stamp:
+        try:
+            known = index_file.open_file(path, max_pixels=request.max_pixels, root=base)
+        except DataError:
+            pass  # damaged: it is made again
+        else:
+            now = headers.refreshed(known, base)
+            return known if now is known else index_file.stored(now, path, stamp)
+    facts = headers.of_files(root, base, names)
+    index = Index(
         root=base,
         classes=classes,
-        paths=np.array([file.path for file in files], dtype=np.bytes_),
-        label=np.array([file.label for file in files], dtype=np.int64),
-        max_pixels=max_pixels,
-        **headers.columns(arrays),
+        names=names,
+        label=label,
+        width=facts.width,
+        height=facts.height,
+        format=facts.format,
+        problems={},
+        max_pixels=request.max_pixels,
+        reading=reading,
     )
+    return index_file.stored(headers.with_facts(index, facts), path, stamp)

@@ -1,17 +1,24 @@
-"""A list file: `<image> <class>` on each line, paths relative to the list."""
+"""A list file: `<image>` or `<image> <class>` on each line, paths relative to the list or absolute."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
+import codecs
+from array import array
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from loaders.beton import MAX_CLASSES
-from loaders.errors import DataError
-from loaders.index import Index
-from loaders.sources.folders import File, index_of
+import numpy as np
+from numpy.typing import NDArray
 
+from loaders.beton import MAX_CLASSES
+from loaders.config import Request
+from loaders.errors import DataError
+from loaders.index import Index, Names
+from loaders.sources.folders import EXTENSIONS, index_of
+
+WHAT = "a list"
 SUFFIXES = (".txt", ".tsv", ".lst")
+_ENDINGS = tuple(extension.encode() for extension in EXTENSIONS)
 
 
 def claims(root: Path) -> bool:
@@ -19,32 +26,98 @@ def claims(root: Path) -> bool:
     return root.suffix in SUFFIXES and not root.is_dir()
 
 
-def open_index(root: Path, max_pixels: int) -> Index:
-    """Images keep the list's order. Integers are used as labels unchanged, words are names of classes."""
+def open_index(root: Path, request: Request) -> Index:
+    """Images keep the list's order. Integers are used as labels unchanged, words are names of classes.
+
+    Raises:
+        DataError: it cannot be read, a line is not as expected, or a file that it names is not there.
+    """
+    words = Words()
+
+    def paths() -> Iterator[bytes]:
+        for _, name, word in _lines(root):
+            words.add(word)
+            yield name
+
+    names = Names.of(paths())
+    if not len(names):
+        raise DataError(f"{root}: no images; expected `<image>` or `<image> <class>` on each line")
+    if request.labels == "none" or not words:
+        reading = "a list without labels" if not words else "a list, its classes left out"
+        index = index_of(root, root.parent, names, None, [], reading, request)
+    else:
+        classes, label = words.numbered()
+        index = index_of(root, root.parent, names, label, classes, f"a list with {len(classes)} classes", request)
+    for row in sorted(index.unread):
+        if "No such file" in index.problems[row]:
+            number = next(number for at, (number, _, _) in enumerate(_lines(root)) if at == row)
+            raise DataError(f"{root}: line {number}: {index.path(row)}: no such file; expected a path relative to the "
+                            "list's folder, or an absolute one")  # fmt: skip
+    return index
+
+
+def _lines(root: Path) -> Iterator[tuple[int, bytes, str | None]]:
+    """Number, path and class of every line that is not empty; the first one says whether there are classes."""
     try:
-        lines = root.read_bytes().splitlines()
+        with open(root, "rb") as file:
+            start = file.read(4)
+            if start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+                raise DataError(f"{root}: is UTF-16; expected UTF-8 or plain bytes")
+            file.seek(len(codecs.BOM_UTF8) if start.startswith(codecs.BOM_UTF8) else 0)
+            has_classes: bool | None = None
+            for number, line in enumerate(file, 1):
+                line = line.rstrip(b"\r\n")
+                if not line.strip():
+                    continue
+                name, word = _parts(line)
+                if has_classes is None:
+                    has_classes = word is not None
+                if not name or b"\0" in name:
+                    raise DataError(f"{root}: line {number}: expected the path of an image, got {line[:80]!r}")
+                if (word is not None) != has_classes:
+                    has, first = ("a", "none") if word is not None else ("no", "one")
+                    raise DataError(
+                        f"{root}: line {number}: has {has} class, the first line has {first}: {line[:80]!r}; expected "
+                        "`<image> <class>` on every line, or `<image>` on every line"
+                    )
+                yield number, name, word
     except OSError as error:
         raise DataError(f"{root}: cannot be read: {error.strerror}") from None
-    entries = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        parts = line.rsplit(b"\t" if b"\t" in line else None, 1)
-        if len(parts) != 2:
-            raise DataError(f"{root}: line {number}: expected `<image> <class>`, got {line[:80]!r}")
-        name = parts[0]
-        if name.startswith(b"/") or b"\0" in name or b".." in name.split(b"/"):
-            raise DataError(f"{root}: line {number}: expected a path below the list's folder, got {name[:80]!r}")
-        try:
-            status = os.stat(os.path.join(os.fsencode(root.parent), name))
-        except OSError as error:
-            raise DataError(f"{root}: line {number}: {name[:80]!r}: {error.strerror}") from None
-        entries.append((name, parts[1].strip().decode("utf-8", "backslashreplace"), status))
-    if not entries:
-        raise DataError(f"{root}: no images; expected `<image> <class>` on each line")
-    classes, label = number_classes([word for _, word, _ in entries])
-    files = [File(name, n, s.st_size, s.st_mtime_ns) for (name, _, s), n in zip(entries, label, strict=True)]
-    return index_of(root, root.parent, classes, files, max_pixels)
+
+
+def _parts(line: bytes) -> tuple[bytes, str | None]:
+    if b"\t" in line:
+        name, word = line.rsplit(b"\t", 1)
+    elif line.strip().lower().endswith(_ENDINGS) or len(line.split(None, 1)) == 1:  # blanks may be part of a path
+        return line.strip(), None
+    else:
+        name, word = line.strip().rsplit(None, 1)
+    return name, word.strip().decode("utf-8", "backslashreplace")
+
+
+class Words:
+    """The classes of N images as words, each word kept once."""
+
+    def __init__(self) -> None:
+        self._number: dict[str, int] = {}
+        self._of_row = array("i")
+
+    def __bool__(self) -> bool:
+        return bool(self._number)
+
+    def add(self, word: str | None) -> None:
+        """The next image's class; None for one without."""
+        if word is not None:
+            self._of_row.append(self._number.setdefault(word, len(self._number)))
+
+    def numbered(self) -> tuple[list[str], NDArray[np.int32]]:
+        """Names of the classes in their order, and the label of each image [N].
+
+        Raises:
+            DataError: an integer that is not a plausible label.
+        """
+        classes, number = number_classes(list(self._number))
+        return classes, np.array(number, dtype=np.int32)[np.frombuffer(self._of_row, dtype=np.int32)]
 
 
 def number_classes(words: Sequence[str]) -> tuple[list[str], list[int]]:

@@ -1,10 +1,19 @@
-"""Tar shards (WebDataset): a folder of them, or a pattern such as `shards/*.tar`. They are read in place."""
+"""Tar shards (WebDataset): a folder of them, or a pattern such as `shards/*.tar` or `part-{000..146}.tar`. They are
+read in place."""
 
 from __future__ import annotations
 
+import glob
+import itertools
+import logging
 import os
+import posixpath
+import re
 import sys
 import tarfile
+from array import array
+from collections import defaultdict
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -12,104 +21,229 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from loaders import headers
+from loaders import headers, index_file
+from loaders.config import Request
 from loaders.errors import DataError
-from loaders.index import Index, Pieces
+from loaders.index import Index, Names, Pieces
 from loaders.machine import cores
 from loaders.sources.folders import EXTENSIONS
-from loaders.sources.lists import number_classes
+from loaders.sources.lists import Words
 
+WHAT = "tar shards"
 _COMPRESSED = (".gz", ".tgz", ".zst", ".bz2", ".xz")
-
-
-class _Member(NamedTuple):
-    name: str
-    word: str  # of its class
-    offset: int
-    length: int
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_LABEL_BYTES = 1000  # a `.cls` member has a few
+logger = logging.getLogger("burn.loaders")
 
 
 def claims(root: Path) -> bool:
     """By the ending of its name, or because the folder holds a tar file."""
-    return any(root.glob("*.tar")) if root.is_dir() else root.suffix in (*_COMPRESSED, ".tar")
+    return bool(_in_folder(root)) if root.is_dir() else root.suffix in (*_COMPRESSED, ".tar")
 
 
-def open_index(root: Path, max_pixels: int) -> Index:
-    """Images keep the shards' order. The label is the sample's `.cls` member or else the folder that it lies in."""
-    shards = _shards(root)
+def open_index(root: Path, request: Request) -> Index:
+    """Images keep the shards' order. The label is the sample's `.cls` member or else the folder that it lies in.
 
-    def scan() -> headers.Arrays:
-        members = _all_members(shards)
-        pieces = [(shards[number], member.offset, member.length) for number, member in members]
-        classes, label = number_classes([member.word for _, member in members])
-        return {
-            **headers.read_headers(root, pieces, headers.of_piece, max_pixels),
-            "classes": np.array(classes),
-            "paths": np.array([os.path.basename(shards[n]) + b"/" + os.fsencode(m.name) for n, m in members]),
-            "label": np.array(label, dtype=np.int64),
-            "shard": np.array([number for number, _ in members], dtype=np.int64),
-            "offset": np.array([member.offset for _, member in members], dtype=np.int64),
-            "length": np.array([member.length for _, member in members], dtype=np.int64),
-        }
+    Raises:
+        DataError: a shard is missing or damaged, or only some images have a label.
+    """
+    shards = files_of(root)
 
-    stamps = (b"%s %d %d" % (path, (s := os.stat(path)).st_size, s.st_mtime_ns) for path in shards)
-    arrays = headers.cached(root, stamps, max_pixels, scan)
-    return Index(
-        root=Path(os.fsdecode(os.path.dirname(shards[0]))),
-        classes=arrays["classes"].tolist(),
-        paths=arrays["paths"],
-        label=arrays["label"],
-        max_pixels=max_pixels,
-        pieces=Pieces(shards, arrays["shard"].astype(np.int32), arrays["offset"], arrays["length"]),
-        **headers.columns(arrays),
-    )
+    def make() -> Index:
+        return _index_of(root, shards, request)
+
+    key = ("shards", request.labels or "")
+    index = index_file.cached(root, key, index_file.stamp_of(shards), request.max_pixels, make)
+    if index.unread:  # what the machine did not let us read may be sound
+        path = index_file.cache_path(root, *key)
+        index = index_file.stored(_index_of(root, shards, request), path, index_file.stamp_of(shards))
+    return index.at(_folder_of(shards), shards)
 
 
-def _shards(root: Path) -> list[bytes]:
+def files_of(root: Path) -> list[bytes]:
+    """The shards that a folder, a name or a pattern stands for, sorted.
+
+    Raises:
+        DataError: there is none, one is missing, or they are compressed.
+    """
     if root.suffix in _COMPRESSED and not root.is_dir():
         raise DataError(f"{root}: compressed shards cannot be read in place; expected plain .tar files")
-    paths = root.glob("*.tar") if root.is_dir() else root.parent.glob(root.name)
-    shards = [os.fsencode(path) for path in sorted(paths)]
-    if not shards:
-        raise DataError(f"{root}: no such shard; expected tar files such as {root.parent}/*.tar")
-    return shards
+    shards: list[str] = []
+    for pattern in expand(str(root)):
+        found = _in_folder(Path(pattern)) if os.path.isdir(pattern) else matching(pattern)
+        if not found:
+            folder = os.path.dirname(pattern) or "."
+            raise DataError(f"{pattern}: no such shard; expected tar files such as {folder}/*.tar")
+        shards += found
+    return [os.fsencode(shard) for shard in sorted(set(shards))]
 
 
-def _all_members(shards: list[bytes]) -> list[tuple[int, _Member]]:
-    """(number of the shard, member) of every image."""
-    is_quiet = not sys.stderr.isatty() or len(shards) < 8
-    with ThreadPoolExecutor(min(16, 2 * cores())) as pool:
-        scanned = tqdm(pool.map(_members, shards), total=len(shards), desc="indexing", unit=" shards", disable=is_quiet)
-        members = [(number, member) for number, of_shard in enumerate(scanned) for member in of_shard]
-    if not members:
+def matching(pattern: str) -> list[str]:
+    """The files of a name or a pattern with `*`, `?` and `[...]`; a file of exactly that name comes first."""
+    return [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern))
+
+
+def expand(pattern: str) -> list[str]:
+    """The names that braces stand for, as in a shell: `{000..146}` counts with leading zeros, `{a,b}` lists."""
+    parts: list[list[str]] = []
+    last = 0
+    for match in _BRACES.finditer(pattern):
+        if count := re.fullmatch(r"(\d+)\.\.(\d+)", match[1]):
+            low, high = int(count[1]), int(count[2])
+            values = [f"{number:0{len(count[1])}d}" for number in range(low, high + 1)]
+        elif "," in match[1]:
+            values = match[1].split(",")
+        else:
+            values = [match[0]]
+        parts += [[pattern[last : match.start()]], values]
+        last = match.end()
+    return ["".join(part) for part in itertools.product(*parts, [pattern[last:]])]
+
+
+def _in_folder(root: Path) -> list[str]:
+    return sorted(str(path) for path in root.glob("*.tar") if not path.name.startswith(".") and not path.is_dir())
+
+
+def _folder_of(shards: list[bytes]) -> Path:
+    return Path(os.fsdecode(os.path.dirname(shards[0])))
+
+
+def _index_of(root: Path, shards: list[bytes], request: Request) -> Index:
+    words = Words()
+    file, offset, length = array("i"), array("q"), array("q")
+    labeled: tuple[str, str] | None = None  # an image with a label, and one without
+    unlabeled: tuple[str, str] | None = None
+
+    def names() -> Iterator[bytes]:
+        nonlocal labeled, unlabeled
+        is_quiet = not sys.stderr.isatty() or len(shards) < 8
+        with ThreadPoolExecutor(min(16, 2 * cores())) as pool:
+            # Few at a time: what was found in a shard is let go before the next one is looked at.
+            for first in range(0, len(shards), 64):
+                scanned = pool.map(_scan, shards[first : first + 64])
+                bar = tqdm(scanned, "looking into shards", len(shards), initial=first, unit=" shards", disable=is_quiet)
+                for number, shard in enumerate(bar, first):
+                    path = os.fsdecode(shards[number])
+                    for member in shard.members:
+                        file.append(number)
+                        offset.append(member.offset)
+                        length.append(member.length)
+                        words.add(member.word)
+                        if member.word is None:
+                            unlabeled = unlabeled or (path, member.name)
+                        else:
+                            labeled = labeled or (path, member.name)
+                        yield os.fsencode(os.path.basename(path)) + b"/" + os.fsencode(member.name)
+                    if shard.left_out:
+                        logger.warning(f"{path}: {len(shard.left_out)} members are left out: {_some(shard.left_out)}")
+
+    found = Names.of(names())
+    if not len(found):
         raise DataError(f"{os.fsdecode(shards[0])}: no images in the shards, expected {', '.join(EXTENSIONS)}")
-    return members
+    if labeled and unlabeled and request.labels != "none":
+        raise DataError(
+            f"{unlabeled[0]}: {unlabeled[1]}: has no label, {labeled[1]} of {os.path.basename(labeled[0])} has one; "
+            "expected a .cls member or a folder for every image, or data.labels=none"
+        )
+    pieces = Pieces(
+        shards,
+        np.frombuffer(file, dtype=np.int32),
+        np.frombuffer(offset, dtype=np.int64),
+        np.frombuffer(length, dtype=np.int64),
+    )
+    has_labels = bool(words) and request.labels != "none"
+    classes, label = words.numbered() if has_labels else ([], None)
+    facts = headers.of_pieces(root, pieces)
+    index = Index(
+        root=_folder_of(shards),
+        classes=classes,
+        names=found,
+        label=label,
+        width=facts.width,
+        height=facts.height,
+        format=facts.format,
+        problems={},
+        max_pixels=request.max_pixels,
+        pieces=pieces,
+        reading=f"shards with {len(classes)} classes" if has_labels else "shards without labels",
+    )
+    return headers.with_facts(index, facts)
 
 
-def _members(shard: bytes) -> list[_Member]:
+def _some(names: list[str]) -> str:
+    return "; ".join(names[:5]) + (f"; and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+class _Member(NamedTuple):
+    name: str
+    word: str | None  # of its class
+    offset: int
+    length: int
+
+
+class _Shard(NamedTuple):
+    members: list[_Member]
+    left_out: list[str]  # images in it that are not used, and why
+
+
+def _scan(shard: bytes) -> _Shard:
     path = os.fsdecode(shard)
-    images: dict[str, tuple[str, int, int]] = {}
+    images: dict[str, tuple[int, int]] = {}
     labels: dict[str, str] = {}
+    left_out: list[str] = []
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
-                folder, base = os.path.split(member.name)
-                if not member.isreg() or member.issparse() or base.startswith("."):
+                name = member.name
+                base = posixpath.basename(name)
+                is_image = base.lower().endswith(EXTENSIONS)
+                if base.startswith("."):
                     continue
-                key, _, extension = base.partition(".")
-                key = os.path.join(folder, key)
-                if base.lower().endswith(EXTENSIONS):
-                    images[key] = (member.name, member.offset_data, member.size)
-                elif extension == "cls" and member.size < 1000:
+                if member.isreg() and not member.issparse() and is_image:
+                    images[name] = (member.offset_data, member.size)
+                elif is_image and (member.islnk() or member.issym()):
+                    target = member.linkname
+                    if member.issym():
+                        target = posixpath.normpath(posixpath.join(posixpath.dirname(name), target))
+                    if target in images:
+                        images[name] = images[target]
+                    else:
+                        left_out.append(f"{name} (a link to {member.linkname}, which is not before it in the shard)")
+                elif is_image and not member.isdir():
+                    left_out.append(f"{name} (sparse, or not a file)")
+                elif member.isreg() and base.endswith(".cls") and member.size < _LABEL_BYTES:
                     file = tar.extractfile(member)
                     assert file
-                    labels[key] = file.read().decode("utf-8", "backslashreplace").strip()
+                    labels[name.removesuffix(".cls")] = file.read().decode("utf-8", "backslashreplace").strip()
     except (tarfile.TarError, OSError, EOFError) as error:
         raise DataError(f"{path}: is not a whole tar file: {error}") from None
     members = []
-    for key, (name, offset, length) in images.items():
-        word = labels.get(key) if labels else os.path.basename(os.path.dirname(name))
-        if not word:
-            raise DataError(f"{path}: {name}: has no label; expected {key}.cls in the shard, or a folder per class")
-        members.append(_Member(name, word, offset, length))
-    return members
+    for name in _one_of_each_sample(images, left_out):
+        word = _label_of(name, labels) if labels else posixpath.basename(posixpath.dirname(name)) or None
+        members.append(_Member(name.split("\0")[0], word, *images[name]))
+    return _Shard(members, left_out)
+
+
+def _key(name: str) -> str:
+    """What the members of a WebDataset sample share: the name up to the first dot of its last part."""
+    folder, base = posixpath.split(name)
+    return posixpath.join(folder, base.partition(".")[0])
+
+
+def _one_of_each_sample(images: dict[str, tuple[int, int]], left_out: list[str]) -> Iterator[str]:
+    """Names without the masks and depth maps of a sample (`a.seg.png` beside `a.jpg`). Where no name of a key is plain
+    (`img.0001.jpg`, `img.0002.jpg`), dots are part of the names, and each is an image of its own."""
+    of_key: dict[str, list[str]] = defaultdict(list)
+    for name in images:
+        of_key[_key(name)].append(name)
+    for name in images:
+        key = _key(name)
+        plain = [other for other in of_key[key] if "." not in other[len(key) + 1 :]]
+        if len(of_key[key]) > 1 and plain and name not in plain:
+            left_out.append(f"{name} (belongs to {plain[0]})")
+        else:
+            yield name
+
+
+def _label_of(name: str, labels: dict[str, str]) -> str | None:
+    return labels.get(posixpath.splitext(name)[0]) or labels.get(_key(name)) or None

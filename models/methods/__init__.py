@@ -27,6 +27,8 @@ class MethodConfig(Strict):
     schedules: ClassVar[tuple[str, ...]] = ()
     """Scalars from 0 to 1 besides `lr` and `weight_decay` that the recipe must schedule; `forward` and the hooks
     get them. Like `num_views` a property where they depend on keys."""
+    needs_labels: ClassVar[bool] = False
+    """Whether `forward` uses the labels. Like `num_views` a property where it depends on keys."""
     name: str
 
     def build(self) -> Method:
@@ -75,12 +77,12 @@ class Method(nn.Module):
     moved_after_step: tuple[str, ...] = ()
     """Prefixes of the parameters and buffers that `after_step`, not the optimizer, changes."""
 
-    def forward(self, views: list[Tensor], label: Tensor, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    def forward(self, views: list[Tensor], label: Tensor | None, values: dict[str, Tensor]) -> dict[str, Tensor]:
         """Compute the loss of one micro-batch.
 
         Args:
             views: tensors [B, 3, H, W], normalized, channels_last, in the precision of `run.amp`.
-            label: [B] int64; ignored by the methods that learn without labels.
+            label: [B] int64, or None where the data set has no labels; ignored by the methods that learn without.
             values: the scheduled scalars of this step as 0-d tensors on the device.
 
         Returns:

@@ -72,7 +72,7 @@ class Burn(Method):
             self.teacher.eval()
         return self
 
-    def forward(self, views: list[Tensor], label: Tensor, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    def forward(self, views: list[Tensor], label: Tensor | None, values: dict[str, Tensor]) -> dict[str, Tensor]:
         """Two views [B, 3, H, W]; see the class for the loss. Each view is a forward of its own, so that
         BatchNorm statistics are per view as in the reference; the heads see which rows are of which view."""
         with torch.no_grad():

@@ -54,7 +54,7 @@ class Byol(Method):
         self.target_backbone = copy.deepcopy(self.backbone).requires_grad_(False)
         self.target_head = copy.deepcopy(self.head).requires_grad_(False)
 
-    def forward(self, views: list[Tensor], label: Tensor, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    def forward(self, views: list[Tensor], label: Tensor | None, values: dict[str, Tensor]) -> dict[str, Tensor]:
         """Two views [B, 3, H, W] to the symmetric loss; each view has BatchNorm statistics of its own."""
         features = torch.stack([self.backbone(view) for view in views])  # [V, B, D]
         predictions = self.predictor(self.head(features))  # [V, B, out_dim]

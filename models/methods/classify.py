@@ -45,6 +45,11 @@ class Config(MethodConfig):
         return Classify(self)
 
     @property
+    def needs_labels(self) -> bool:  # type: ignore[override]
+        """A teacher's answers can take their place."""
+        return self.teacher is None
+
+    @property
     def classes(self) -> int:
         """As the recipe says."""
         return self.num_classes
@@ -111,15 +116,16 @@ class Classify(Method):
         """Images [B, 3, H, W] to class scores [B, num_classes]."""
         return self.classifier(self.features(images))
 
-    def forward(self, views: list[Tensor], label: Tensor, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """One view [B, 3, H, W] and labels [B] to the cross-entropy."""
+    def forward(self, views: list[Tensor], label: Tensor | None, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """One view [B, 3, H, W] and labels [B] to the cross-entropy; with a teacher there need not be any."""
         logits = at_least_float32(self.logits(views[0]))
-        hits = (logits.detach().argmax(dim=1) == label).float().mean()
+        known = {} if label is None else {"train_top1": (logits.detach().argmax(dim=1) == label).float().mean()}
         if self.config.teacher is None:
-            return {"loss": F.cross_entropy(logits, label), "train_top1": hits}
+            assert label is not None
+            return {"loss": F.cross_entropy(logits, label), **known}
         with torch.no_grad():
             target = self.teacher_classifier(self.teacher(views[0]))
-        return {"loss": soft_cross_entropy(logits, target, temperature=1.0).mean(), "train_top1": hits}
+        return {"loss": soft_cross_entropy(logits, target, temperature=1.0).mean(), **known}
 
     def outputs(self, features: Tensor) -> Tensor:
         """The class scores."""

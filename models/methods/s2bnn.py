@@ -70,7 +70,7 @@ class S2BNN(QueryEncoder):
         self.teacher_head.eval()
         return self
 
-    def forward(self, views: list[Tensor], label: Tensor, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    def forward(self, views: list[Tensor], label: Tensor | None, values: dict[str, Tensor]) -> dict[str, Tensor]:
         """One view [B, 3, H, W], or two with `contrast`, to the loss."""
         temperature = self.config.temperature
         with torch.no_grad():
