@@ -11,11 +11,12 @@ from engine import checkpoint
 from engine.errors import CheckpointError, FolderError, RecipeError
 from engine.log import logger
 from engine.recipe import Recipe, current_name, resolve
-from loaders import Index
+from loaders import STREAM_VERSION, Index
 
 FREE = ("run.log_every", "run.save_every", "run.keep", "run.timeout_seconds", "run.folder", "data.workers")
 """Keys that may change without changing a number that the run computes."""
 _COVERED = ("data.train", "data.val", "data.expect_images")  # the fingerprint speaks for them
+_STREAM = "version of the stream"
 
 
 def newest_checkpoint(recipe: Recipe, *, resume: bool) -> Path | None:
@@ -41,10 +42,25 @@ def newest_checkpoint(recipe: Recipe, *, resume: bool) -> Path | None:
     return newest
 
 
-def identity(recipe: Recipe, world_size: int, device: str, indices: dict[str, Index]) -> dict[str, Any]:
+def stream_version(state: dict[str, Any], path: Path) -> int:
+    """The version of the stream that a checkpoint's run began with, and keeps.
+
+    Raises:
+        CheckpointError: a version that this engine does not know.
+    """
+    version: int = state["identity"].get(_STREAM, 1)  # the first did not say
+    if version not in range(1, STREAM_VERSION + 1):
+        raise CheckpointError(
+            f"{path}: its images come in order {version} ({_STREAM}), this engine knows 1 to {STREAM_VERSION}; "
+            "continue with the engine that wrote it"
+        )
+    return version
+
+
+def identity(recipe: Recipe, world_size: int, device: str, indices: dict[str, Index], stream: int) -> dict[str, Any]:
     """What has to be equal for a resumed run to give the same numbers: dotted key -> value."""
     flat = _keys_that_matter(recipe)
-    flat["world_size"], flat["device"] = world_size, device
+    flat["world_size"], flat["device"], flat[_STREAM] = world_size, device, stream
     for split, index in indices.items():
         flat[f"fingerprint of data.{split}"] = index.fingerprint
     return flat
@@ -61,7 +77,8 @@ def check_identity(state: dict[str, Any], path: Path, now: dict[str, Any], *, al
         then = {**_keys_that_matter(resolve(yaml.safe_load(state["recipe"]), path)), **then}
     except RecipeError:
         pass  # it names something that is gone: the comparison below says what
-    then.setdefault("device", now["device"])  # older ones do not say
+    for key in ("device", _STREAM):  # older ones do not say
+        then.setdefault(key, now[key])
     changed = [
         f"{key} was {then.get(key)}, is {now.get(key)}" for key in {**then, **now} if then.get(key) != now.get(key)
     ]

@@ -39,7 +39,7 @@ from engine.log import Clock, Meter, RunLog, duration, logger
 from engine.monitors import IMAGES, Monitors
 from engine.provenance import versions
 from engine.recipe import Recipe, micro_steps
-from engine.resume import check_identity, identity, newest_checkpoint
+from engine.resume import check_identity, identity, newest_checkpoint, stream_version
 from engine.schedules import Horizon, due, value
 from loaders import Batch, Index, Loader
 from models import backbones
@@ -75,6 +75,8 @@ class Trainer:
     """Forward and backward passes of one optimizer step."""
     steps_done: int
     """Optimizer steps so far; the next one has this number."""
+    stream_version: int
+    """Version of the order of the images: today's, or in a resumed run the one that it began with."""
 
     method: Method
     """What is trained, with all networks that it needs."""
@@ -130,7 +132,7 @@ class Trainer:
         self.micro_steps = micro_steps(recipe, world.world_size)
         self.indices = open_indices(recipe, world)
         self.horizon = Horizon.of(recipe.run.duration, len(self.indices["train"]), recipe.data.batch_size)
-        self.steps_done = 0
+        self.steps_done, self.stream_version = 0, loaders.STREAM_VERSION
         self.meter, self.clock = Meter(), Clock()
         self.watched, self.bad_images = None, {}
         self.mark = _no_mark
@@ -300,6 +302,7 @@ class Trainer:
                 step=self.steps_done,
                 place=self.world.place,
                 dtype=self.amp_dtype,
+                version=self.stream_version,
             )
             self.loader.bad.update(self.bad_images)
             self.bad_images = self.loader.bad
@@ -494,7 +497,7 @@ class Trainer:
         self._due_evals = [number for number in state.get("due_evals", []) if number < len(self.recipe.evals)]
 
     def _identity(self) -> dict[str, Any]:
-        return identity(self.recipe, self.world.world_size, self.world.device.type, self.indices)
+        return identity(self.recipe, self.world.world_size, self.world.device.type, self.indices, self.stream_version)
 
     def _start_from(self, resume: bool, allow_changes: bool) -> None:
         """Initialize the method, or continue a run; the same on all ranks."""
@@ -508,6 +511,7 @@ class Trainer:
             self.monitors = Monitors(self.method)
             if path is not None:
                 state = checkpoint.load(path)
+                self.stream_version = stream_version(state, path)
                 check_identity(state, path, self._identity(), allow_changes=allow_changes)
                 self.load_state_dict(state)
                 if state["versions"] != versions():
@@ -515,6 +519,11 @@ class Trainer:
                         f"{path} was written with {state['versions']}, this is {versions()}: numbers may differ"
                     )
                 logger.info(f"resumed {path} at step {self.steps_done}")
+                if self.stream_version != loaders.STREAM_VERSION:
+                    logger.info(
+                        f"the run keeps the order of images that it began with, version {self.stream_version} of the "
+                        f"stream; a new run has version {loaders.STREAM_VERSION}"
+                    )
 
         dist.together(load)
         dist.must_agree(
@@ -522,6 +531,7 @@ class Trainer:
                 "the recipe": self.recipe.hash,
                 "the number of steps": self.horizon.total_steps,
                 "the step to start from": self.steps_done,
+                "the version of the stream": self.stream_version,
                 **{f"the fingerprint of data.{split}": index.fingerprint for split, index in self.indices.items()},
             }
         )

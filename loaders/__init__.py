@@ -30,9 +30,11 @@ from loaders.loader import (
     with_backend,
     workers_per_rank,
 )
+from loaders.order import VERSION as STREAM_VERSION
 
 __all__ = [
     "AUTO",
+    "STREAM_VERSION",
     "Batch",
     "DataConfig",
     "DataError",

@@ -22,6 +22,7 @@ from loaders.contract import HostBatch, Options, Order, on_device
 from loaders.errors import DataError
 from loaders.index import Index
 from loaders.machine import cores
+from loaders.order import VERSION
 from loaders.sampler import EvalPositions, Stream, TrainPositions
 from loaders.views import View
 
@@ -334,9 +335,13 @@ def open_train(
     step: int = 0,
     place: Place = ALONE,
     dtype: torch.dtype | None = None,
+    version: int = VERSION,
 ) -> Loader:
     """Endless training batches of one rank from optimizer step `step` on, `batch_size / (micro_batch ·
     world_size)` of them per step; views in `dtype`, float32 by default.
+
+    Args:
+        version: of the stream, `order.VERSION` or that of an older run.
 
     Raises:
         DataError: the back end is not installed.
@@ -348,7 +353,8 @@ def open_train(
         world_size=place.world_size,
         step=step,
     )
-    return _open(config, Stream(index, config.views, seed), positions, place, training=True, dtype=dtype)
+    stream = Stream(index, config.views, seed, version=version)
+    return _open(config, stream, positions, place, training=True, dtype=dtype)
 
 
 def open_resident(

@@ -1,9 +1,7 @@
 """The data stream as a pure function of (seed, position): which image, which crop, which colors.
 
-Position p of the stream is image number p mod N of epoch p div N; an epoch is a permutation of the data set.
-Nothing here keeps a state, so a resumed run, another number of ranks, workers or another back end sees the
-same stream. All draws come from Philox4x32-10 (Salmon et al. 2011) with counter (block, image, view, epoch)
-and key (seed), so they depend on no library's version.
+Position p of the stream is place p mod N of epoch p div N; an epoch is a permutation of the data set (`loaders.order`).
+So a resumed run, another number of ranks, workers or another back end sees the same stream.
 """
 
 from __future__ import annotations
@@ -14,7 +12,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from loaders import order
 from loaders.index import Index
+from loaders.philox import uniform
 from loaders.views import View, groups
 
 CROP_TRIES = 10  # as torchvision's RandomResizedCrop
@@ -23,7 +23,6 @@ BRIGHTNESS, CONTRAST, SATURATION, HUE, ORDER, GRAY, SIGMA, SOLARIZE = range(8)
 NUM_COLOR = 8
 NO_SOLARIZE = 2.0  # a threshold that no pixel reaches
 _DRAWS = 2 * CROP_TRIES + 2 + 12  # crop tries, crop position, flip and color
-_ORDER_STREAM = 0xFFFFFFFF  # view number that no view has: the draws that make an epoch's permutation
 
 
 class Plan(NamedTuple):
@@ -36,34 +35,6 @@ class Plan(NamedTuple):
     color: NDArray[np.float32]  # [b, V, NUM_COLOR]
 
 
-def philox(counter: NDArray[np.uint32], key: tuple[int, int]) -> NDArray[np.uint32]:
-    """Philox4x32 with 10 rounds: counters [..., 4] to random words [..., 4]."""
-    c0, c1, c2, c3 = (counter[..., i].astype(np.uint64) for i in range(4))
-    k0, k1 = np.uint64(key[0] & 0xFFFFFFFF), np.uint64(key[1] & 0xFFFFFFFF)
-    low, shift = np.uint64(0xFFFFFFFF), np.uint64(32)
-    for _ in range(10):
-        product0, product1 = np.uint64(0xD2511F53) * c0, np.uint64(0xCD9E8D57) * c2
-        c0, c1, c2, c3 = (
-            (product1 >> shift) ^ c1 ^ k0,
-            product1 & low,
-            (product0 >> shift) ^ c3 ^ k1,
-            product0 & low,
-        )
-        k0, k1 = (k0 + np.uint64(0x9E3779B9)) & low, (k1 + np.uint64(0xBB67AE85)) & low
-    return np.stack((c0, c1, c2, c3), axis=-1).astype(np.uint32)
-
-
-def uniform(
-    image: NDArray[np.int64], view: NDArray[np.int64], epoch: NDArray[np.int64], draws: int, seed: int
-) -> NDArray[np.float64]:
-    """Numbers in (0, 1) keyed by image, view and epoch (broadcast together): [..., draws]."""
-    blocks = np.arange(-(-draws // 4))
-    image, view, epoch, block = np.broadcast_arrays(image[..., None], view[..., None], epoch[..., None], blocks)
-    counter = np.stack((block, image, view, epoch), axis=-1).astype(np.uint32)
-    words = philox(counter, (seed & 0xFFFFFFFF, seed >> 32))
-    return (words.reshape(*words.shape[:-2], -1)[..., :draws].astype(np.float64) + 0.5) / 2.0**32
-
-
 class Stream:
     """The stream of one data set under one seed.
 
@@ -72,24 +43,27 @@ class Stream:
         views: V views of each image.
         seed: of the run, 0 <= seed < 2**64.
         shuffled: False gives the data set's own order, for evaluation.
+        version: of the order.
     """
 
-    def __init__(self, index: Index, views: Sequence[View], seed: int, *, shuffled: bool = True) -> None:
+    def __init__(
+        self,
+        index: Index,
+        views: Sequence[View],
+        seed: int,
+        *,
+        shuffled: bool = True,
+        version: int = order.VERSION,
+    ) -> None:
         self.index, self.views, self.seed, self.shuffled = index, tuple(views), seed, shuffled
         self.groups = groups(views)
         """Numbers of the views that lie together in memory, G lists: see `views.groups`."""
-        self._permutations: dict[int, NDArray[np.int64]] = {}
+        self._order = order.order(len(index), seed, version) if shuffled else None
 
     def images(self, positions: Sequence[int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Epoch [b] and image [b] of each position."""
-        position = np.asarray(positions, dtype=np.int64)
-        epoch, offset = position // len(self.index), position % len(self.index)
-        if not self.shuffled:
-            return epoch, offset
-        image = np.empty_like(offset)
-        for e in np.unique(epoch):
-            image[epoch == e] = self._permutation(int(e))[offset[epoch == e]]
-        return epoch, image
+        epoch, place = np.divmod(np.asarray(positions, dtype=np.int64), len(self.index))
+        return epoch, self._order(epoch, place) if self._order else place
 
     def plan(self, positions: Sequence[int]) -> Plan:
         """Everything that is drawn for these positions."""
@@ -112,15 +86,6 @@ class Stream:
             flip=np.stack(flips, axis=1),
             color=np.stack(colors, axis=1),
         )
-
-    def _permutation(self, epoch: int) -> NDArray[np.int64]:
-        if epoch not in self._permutations:
-            if len(self._permutations) > 1:  # a batch can straddle two epochs, never three
-                del self._permutations[min(self._permutations)]
-            images = np.arange(len(self.index))
-            keys = uniform(images, np.asarray(_ORDER_STREAM), np.asarray(epoch), 2, self.seed)
-            self._permutations[epoch] = np.lexsort((keys[:, 1], keys[:, 0]))
-        return self._permutations[epoch]
 
 
 def _windows(view: View, w: NDArray[np.float64], h: NDArray[np.float64], u: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torchvision.transforms import RandomResizedCrop
 
+from loaders.philox import philox
 from loaders.sampler import (
     BRIGHTNESS,
     GRAY,
@@ -15,7 +16,6 @@ from loaders.sampler import (
     EvalPositions,
     Stream,
     TrainPositions,
-    philox,
 )
 from loaders.synthetic_loader import noise
 from loaders.views import View

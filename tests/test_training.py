@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import loaders
-from engine import dist, train
+from engine import checkpoint, dist, train
 from engine import recipe as recipes
 from engine.errors import CheckpointError, FolderError, NotFinite, RecipeError, Untrained
 from engine.folder import RunFolder
@@ -195,6 +195,43 @@ def test_sampled_stream_is_the_same_after_resume(tmp_path, monkeypatch):
     assert ledger == whole[-len(ledger) :] and len(ledger) == 8
     positions = [p for chunk, *_ in whole for p in chunk]
     assert positions == list(range(96))
+
+
+def with_stream(recipe, folder, version):
+    """The run folder of a resumable recipe as an engine with this version of the stream leaves it; None names none."""
+    again = cut(recipe, folder, 3)
+    path, _ = checkpoint.latest(again.folder / "checkpoints")
+    state = checkpoint.load(path)
+    del state["format"], state["identity"]["version of the stream"]
+    if version is not None:
+        state["identity"]["version of the stream"] = version
+    checkpoint.save(path.parent, state.pop("step"), state, keep=1)
+    return again
+
+
+def test_an_older_run_continues_in_the_order_that_it_began_with(tmp_path, caplog):
+    # An epoch ends inside step 2.
+    overrides = ["data.options.num_images=20", "run.save_every=3it"]
+    new, old = (tiny("quick/burn_stage1.yaml", tmp_path / name, *overrides) for name in ("new", "old"))
+    run(new)
+    trainer = trainer_of(old)
+    trainer.stream_version = 1
+    trainer.fit()
+    assert last_state(old)["identity"]["version of the stream"] == 1
+    assert differences(last_state(new)["method"], last_state(old)["method"])
+    for name, version in (("says", 1), ("does-not", None)):  # checkpoints from before version 2 name none
+        again = with_stream(old, tmp_path / name, version)
+        caplog.clear()
+        with caplog.at_level("INFO", "burn"):
+            run(again, resume=True)
+        assert "the run keeps the order of images that it began with, version 1 of the stream" in caplog.text
+        assert_same_run(old, again)
+        assert last_state(again)["identity"]["version of the stream"] == 1
+    again = with_stream(new, tmp_path / "newest", 2)
+    run(again, resume=True)
+    assert_same_run(new, again)
+    with pytest.raises(CheckpointError, match=r"images come in order 3 .* knows 1 to 2; continue with the engine"):
+        trainer_of(with_stream(new, tmp_path / "later", 3), resume=True)
 
 
 # ------------------------------------------------------------------------------------------------ ranks

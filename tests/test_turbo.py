@@ -14,6 +14,7 @@ from loaders.contract import CropMemory, Order
 from loaders.errors import BadImage
 from loaders.sampler import Plan, Stream
 from loaders.sources import open_index
+from loaders.synthetic_loader import noise
 from loaders.views import View
 from tests.images import picture
 
@@ -46,7 +47,7 @@ def index_of(tmp_path, variants=VARIANTS, height=157, width=203):
 
 
 def crop_memory(view, count):
-    return CropMemory(Stream(None, (view,), 0)).crops(count)
+    return CropMemory(Stream(noise(1, 1, 1), (view,), 0)).crops(count)
 
 
 def cut(index, rows, view, windows, flip=False):
