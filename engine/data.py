@@ -109,7 +109,7 @@ def _check(recipe: Recipe, indices: dict[str, Index]) -> None:
         )
     for number, config in enumerate(recipe.evals):
         _check_classes(config, train, sets_of(recipe, number, indices))
-    if recipe.method.classes is not None:
+    if recipe.method.classes is not None and train.classes:
         try:
             recipe.method.check_classes(len(train.classes))
         except ValueError as error:

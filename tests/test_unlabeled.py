@@ -1,0 +1,445 @@
+"""Images without labels, and what a path is taken for: every source, every tool, training, and what is refused."""
+
+import io
+import json
+import logging
+import os
+import shutil
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import loaders
+from engine import data as run_data
+from engine import dist
+from engine import recipe as recipes
+from loaders import DataError
+from loaders.config import Request
+from loaders.sources import open_index, shards
+from tests.images import jpeg, odd_files, picture, write_tree
+from tests.loading import FILES, as_beton, config, convert, needs, open_eval, open_train, take
+from tests.processes import tool
+from tests.runs import assert_same_run, rows, run
+from tests.tiny import ROOT, tiny
+
+
+def open_at(root, labels=None, asks=False):
+    return open_index(root, Request(10**8, labels, asks))
+
+
+def put(root, *names):
+    """Images of those names below a folder."""
+    for number, name in enumerate(names):
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(jpeg(Image.fromarray(picture(number, 40 + number, 50))))
+    return root
+
+
+def found(index):
+    return [os.fsdecode(name) for name in index.names]
+
+
+@pytest.fixture
+def flat(tmp_path):
+    return put(tmp_path / "photos", *(f"{number:02d}.jpg" for number in range(24)))
+
+
+# ------------------------------------------------------------------------------------------------ folders
+
+
+def test_a_flat_folder(flat):
+    index = open_at(flat)
+    assert found(index) == [f"{number:02d}.jpg" for number in range(24)]
+    assert index.label is None and index.classes == [] and not index.is_labeled
+    assert index.reading == "images without labels"
+
+
+def test_a_tree_of_any_depth(tmp_path):
+    root = put(tmp_path / "photos", "2019/trip/a.jpg", "2019/b.jpg", "2020/x/y/z/c.JPEG", "2020/d.png")
+    index = open_at(root, "none")
+    assert found(index) == ["2019/b.jpg", "2019/trip/a.jpg", "2020/d.png", "2020/x/y/z/c.JPEG"] and index.label is None
+    labeled = open_at(root)  # its folders could be classes; nobody has to use them
+    assert found(labeled) == found(index) and labeled.label.tolist() == [0, 0, 1, 1]
+    assert labeled.reading == "2 folders as classes (data.labels=none: the same images without labels)"
+
+
+def test_images_and_folders_of_images_are_two_readings(tmp_path):
+    root = put(tmp_path / "photos", "a.jpg", "one/b.jpg", "two/c.jpg")
+    with pytest.raises(
+        DataError, match=r"holds both images \(a\.jpg\) and folders of images.*data\.labels=none"
+    ) as caught:
+        open_at(root)
+    assert "\n" not in str(caught.value) and "data.labels=auto" in str(caught.value)
+    everything = open_at(root, "none")
+    assert found(everything) == ["a.jpg", "one/b.jpg", "two/c.jpg"] and everything.label is None
+    classes = open_at(root, "auto")
+    assert found(classes) == ["one/b.jpg", "two/c.jpg"] and classes.classes == ["one", "two"]
+    assert "without the 1 images beside them" in classes.reading
+
+
+def test_empty_folders_and_those_of_the_system(tmp_path):
+    root = put(tmp_path / "photos", "one/a.jpg", "two/b.jpg", "@eaDir/thumbnail.jpg", ".hidden/c.jpg", "one/.d.jpg")
+    (root / "lost+found").mkdir()
+    (root / "empty").mkdir()
+    assert open_at(root).classes == ["one", "two"]
+    with pytest.raises(DataError, match=r"photos/empty: class without images"):
+        open_at(root, asks=True)
+    (root / "empty").rmdir()
+    assert found(open_at(root, asks=True)) == ["one/a.jpg", "two/b.jpg"]
+
+
+def test_links_are_followed_but_not_in_circles(tmp_path):
+    root = put(tmp_path / "photos", "one/a.jpg", "two/b.jpg")
+    put(tmp_path / "elsewhere", "deep/c.jpg")
+    (root / "one" / "more").symlink_to(tmp_path / "elsewhere")
+    (root / "one" / "back").symlink_to(root)
+    (root / "two" / "d.jpg").symlink_to(tmp_path / "elsewhere" / "deep" / "c.jpg")
+    assert found(open_at(root)) == ["one/a.jpg", "one/back/two/b.jpg", "one/back/two/d.jpg", "one/more/deep/c.jpg",
+                                    "two/b.jpg", "two/d.jpg"]  # fmt: skip
+
+
+def test_a_folder_that_looks_like_an_image(tmp_path):
+    root = put(tmp_path / "photos", "one.jpg/a.jpg", "two.jpg/b.jpg")
+    assert open_at(root).classes == ["one.jpg", "two.jpg"]
+
+
+def test_a_folder_that_cannot_be_listed_is_no_empty_one(tmp_path, monkeypatch):
+    root = put(tmp_path / "photos", "one/a.jpg", "two/deep/b.jpg")
+    real = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("deep"):
+            raise PermissionError(13, "Permission denied")
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(DataError, match=r"two/deep: cannot be listed: Permission denied"):
+        open_at(root)
+
+
+def test_an_empty_folder(tmp_path):
+    (tmp_path / "photos" / "one").mkdir(parents=True)
+    with pytest.raises(DataError, match=r"photos: no images; expected files ending in \.jpg"):
+        open_at(tmp_path / "photos")
+
+
+# ------------------------------------------------------------------------------------------------ two readings
+
+
+def write_tar(path, members):
+    """`members`: name -> bytes, or the name of another member that it links to."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            entry = tarfile.TarInfo(name)
+            if isinstance(content, bytes):
+                entry.size = len(content)
+                tar.addfile(entry, io.BytesIO(content))
+            else:
+                entry.type, entry.linkname = content
+                tar.addfile(entry)
+    return path
+
+
+PIXELS = jpeg(Image.fromarray(picture(0, 40, 50)))
+
+
+def test_one_path_is_one_data_set(tmp_path):
+    root = write_tree(tmp_path / "data")
+    put(root, "class0/._0000.jpg")
+    (root / "._x.tar").write_bytes(b"of another system")
+    assert len(open_at(root)) == 24
+    write_tar(root / "n01440764.tar", {"a.jpg": PIXELS})
+    with pytest.raises(DataError, match=r"data: holds images and tar shards, which are two data sets"):
+        open_at(root)
+    assert len(open_at(root / "*.tar")) == 1
+    (root / "n01440764.tar").unlink()
+    (root / "train.parquet").write_bytes(b"")
+    with pytest.raises(DataError, match=r"data: holds images and Parquet files"):
+        open_at(root)
+
+
+# ------------------------------------------------------------------------------------------------ shards
+
+
+def test_shards_without_labels(tmp_path):
+    write_tar(tmp_path / "s" / "a.tar", {"x.jpg": PIXELS, "y.png": PIXELS, "x.json": b"{}"})
+    index = open_at(tmp_path / "s")
+    assert found(index) == ["a.tar/x.jpg", "a.tar/y.png"] and index.label is None
+    assert index.reading == "shards without labels"
+
+
+@pytest.mark.parametrize("other", [{"d.jpg": PIXELS}, {"d.jpg": PIXELS, "e.cls": b"1"}])
+def test_labeled_and_unlabeled_shards_are_not_mixed(other, tmp_path):
+    write_tar(tmp_path / "s" / "a.tar", {"c.jpg": PIXELS, "c.cls": b"0"})
+    write_tar(tmp_path / "s" / "b.tar", other)
+    with pytest.raises(DataError, match=r"b\.tar: d\.jpg: has no label, c\.jpg of a\.tar has one.*data\.labels=none"):
+        open_at(tmp_path / "s")
+    index = open_at(tmp_path / "s", "none")
+    assert len(index) == 2 and index.label is None
+
+
+def test_every_image_of_a_shard_is_indexed_or_named(tmp_path, caplog):
+    names = [f"cats/img.{number:04d}.jpg" for number in range(10)]
+    members = dict.fromkeys(names, PIXELS) | {
+        "dogs/a.jpg": PIXELS,
+        "dogs/a.seg.png": PIXELS,  # a mask of the sample before
+        "dogs/b.jpg": PIXELS,
+        "dogs/b.png": PIXELS,  # both plain: two images
+        "dogs/c.jpg": (tarfile.LNKTYPE, "dogs/a.jpg"),
+        "dogs/d.jpg": (tarfile.SYMTYPE, "../cats/img.0003.jpg"),
+        "dogs/e.jpg": (tarfile.SYMTYPE, "/nowhere.jpg"),
+        "dogs/._f.jpg": b"of another system",
+        "dogs/readme.txt": b"text",
+    }
+    write_tar(tmp_path / "s" / "a.tar", members)
+    with caplog.at_level(logging.WARNING):
+        index = open_at(tmp_path / "s")
+    kept = [name.removeprefix("a.tar/") for name in found(index)]
+    assert kept == [*names, "dogs/a.jpg", "dogs/b.jpg", "dogs/b.png", "dogs/c.jpg", "dogs/d.jpg"]
+    assert index.classes == ["cats", "dogs"] and index.label.tolist() == [0] * 10 + [1] * 5
+    assert not index.problems and index.content(13) == PIXELS
+    (said,) = caplog.messages
+    assert (
+        "2 members are left out" in said and "dogs/a.seg.png (belongs to dogs/a.jpg)" in said and "dogs/e.jpg" in said
+    )
+
+
+def test_labels_of_names_with_dots(tmp_path):
+    members = {"img.0001.jpg": PIXELS, "img.0001.cls": b"1", "img.0002.jpg": PIXELS, "img.0002.cls": b"0"}
+    write_tar(tmp_path / "s" / "a.tar", members | {"k.jpg": PIXELS, "k.cls": b"2"})
+    assert open_at(tmp_path / "s").label.tolist() == [1, 0, 2]
+
+
+def test_braces(tmp_path):
+    for number in range(8, 12):
+        write_tar(tmp_path / f"part-{number:03d}.tar", {f"{number}.jpg": PIXELS})
+    index = open_at(tmp_path / "part-{008..011}.tar")
+    assert found(index) == [f"part-{number:03d}.tar/{number}.jpg" for number in range(8, 12)]
+    assert len(open_at(tmp_path / "part-{009,011}.tar")) == 2 and len(open_at(tmp_path / "part-0{1..1}*.tar")) == 2
+    with pytest.raises(DataError, match=r"part-012\.tar: no such shard"):
+        open_at(tmp_path / "part-{008..012}.tar")
+    assert shards.expand("a{1..3}b{x,y}") == ["a1bx", "a1by", "a2bx", "a2by", "a3bx", "a3by"]
+    assert shards.expand("a{b}c") == ["a{b}c"]
+    (tmp_path / "odd{1..2}").mkdir()
+    put(tmp_path / "odd{1..2}", "a.jpg")
+    assert found(open_at(tmp_path / "odd{1..2}")) == ["a.jpg"]
+
+
+# ------------------------------------------------------------------------------------------------ lists
+
+
+def test_lists_without_labels_with_blanks_and_absolute_paths(tmp_path):
+    root = put(tmp_path / "photos", "a b.jpg", "c.jpg")
+    other = put(tmp_path / "other", "d e.png")
+    (root / "list.txt").write_text(f"a b.jpg\n\nc.jpg\n{other / 'd e.png'}\n../other/d e.png\n")
+    index = open_at(root / "list.txt")
+    assert index.label is None and len(index) == 4 and not index.problems
+    assert index.path(2) == str(other / "d e.png") and index.read(2).shape == index.read(3).shape == (3, 40, 50)
+    (root / "tabs.txt").write_text(f"a b.jpg\tcat\n{other / 'd e.png'}\tdog\n")
+    assert open_at(root / "tabs.txt").classes == ["cat", "dog"]
+    assert open_at(root / "tabs.txt", "none").label is None
+
+
+def test_encodings_of_a_list(tmp_path):
+    root = put(tmp_path, "ä.jpg", "b.jpg")
+    (root / "bom.txt").write_bytes(b"\xef\xbb\xbf" + "ä.jpg\r\nb.jpg\r\n".encode())
+    assert found(open_at(root / "bom.txt")) == ["ä.jpg", "b.jpg"]
+    (root / "wide.txt").write_text("ä.jpg\n", encoding="utf-16")
+    with pytest.raises(DataError, match=r"wide\.txt: is UTF-16; expected UTF-8"):
+        open_at(root / "wide.txt")
+
+
+# ------------------------------------------------------------------------------------------------ beton, Parquet
+
+
+def test_a_beton_without_labels(flat, tmp_path):
+    assert convert(flat, tmp_path / "x.beton") == 24
+    index, files = open_at(tmp_path / "x.beton"), open_at(flat)
+    assert index.label is None and index.classes == [] and len(index) == 24
+    assert all(torch.equal(index.read(row), files.read(row)) for row in range(24))
+    assert tool("convert_imagenet_to_ffcv").verify(tmp_path / "x.beton", 2) == []
+    assert open_at(as_beton(write_tree(tmp_path / "data")), "none").label is None
+
+
+def write_parquet(path, contents, labels=None, names=None, column="image", **options):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    columns = {column: [{"bytes": content, "path": f"{n}.jpg"} for n, content in enumerate(contents)]}
+    table = pa.table(columns | ({"label": labels} if labels is not None else {}))
+    if names:
+        features = {"info": {"features": {"label": {"names": names, "_type": "ClassLabel"}}}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps(features)})
+    pq.write_table(table, path, row_group_size=5, **options)
+    return path
+
+
+def test_parquet(flat, tmp_path):
+    contents = [path.read_bytes() for path in sorted(flat.iterdir())]
+    labels = [number % 3 for number in range(24)]
+    write_parquet(tmp_path / "p" / "train-00000-of-00002.parquet", contents[:10], labels[:10], ["x", "y", "z"])
+    write_parquet(tmp_path / "p" / "train-00001-of-00002.parquet", contents[10:], labels[10:], ["x", "y", "z"])
+    index = open_at(tmp_path / "p")
+    assert index.classes == ["x", "y", "z"] and index.label.tolist() == labels
+    assert [index.content(row) for row in range(24)] == contents
+    assert open_at(tmp_path / "p" / "train-*.parquet").fingerprint == index.fingerprint
+    assert open_at(tmp_path / "p", "none").label is None
+    (copy,) = {os.fsdecode(file) for file in index.pieces.files}
+    os.unlink(copy)
+    assert open_at(tmp_path / "p").content(23) == contents[23]  # it is made again
+    write_parquet(tmp_path / "plain.parquet", contents)
+    assert open_at(tmp_path / "plain.parquet").label is None
+    write_parquet(tmp_path / "secret.parquet", contents, [-1] * 24)
+    assert open_at(tmp_path / "secret.parquet").label is None
+
+
+@pytest.mark.parametrize("backend", FILES)
+def test_every_back_end_reads_parquet(backend, flat, tmp_path):
+    needs(backend)
+    write_parquet(tmp_path / "a.parquet", [path.read_bytes() for path in sorted(flat.iterdir())])
+    one, other = (take(open_train(config(backend, root)), 6) for root in (flat, tmp_path / "a.parquet"))
+    for a, b in zip(one, other, strict=True):
+        assert torch.equal(a.rows, b.rows) and torch.equal(a.views[0], b.views[0]) and a.label is b.label is None
+
+
+def test_what_is_wrong_with_parquet_is_one_line(flat, tmp_path, monkeypatch):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"text": ["a"], "url": ["b"]}), tmp_path / "none.parquet")
+    with pytest.raises(DataError, match=r"none\.parquet: has columns text, url; expected one `image`"):
+        open_at(tmp_path / "none.parquet")
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 no")
+    with pytest.raises(DataError, match=r"bad\.parquet: cannot be read as Parquet") as caught:
+        open_at(tmp_path / "bad.parquet")
+    assert "\n" not in str(caught.value)
+    write_parquet(tmp_path / "m" / "a.parquet", [PIXELS], [1])
+    write_parquet(tmp_path / "m" / "b.parquet", [PIXELS])
+    with pytest.raises(DataError, match=r"b\.parquet: has no column `label`, unlike .*a\.parquet"):
+        open_at(tmp_path / "m")
+    write_parquet(tmp_path / "some.parquet", [PIXELS, PIXELS], [1, None])
+    with pytest.raises(DataError, match=r"row 1 has no label, others have"):
+        open_at(tmp_path / "some.parquet")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 10))
+    with pytest.raises(DataError, match=r"its images are copied once into .*set XDG_CACHE_HOME to a larger place"):
+        open_at(write_parquet(tmp_path / "new.parquet", [PIXELS]))
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow.parquet", None)
+    with pytest.raises(DataError, match="Parquet needs pyarrow: pip install pyarrow"):
+        open_at(tmp_path / "none.parquet")
+
+
+# ------------------------------------------------------------------------------------------------ loading, tools
+
+
+@pytest.mark.parametrize("backend", FILES)
+def test_every_back_end_loads_without_labels(backend, tmp_path):
+    needs(backend)
+    root = write_tree(tmp_path / "data")
+    odd_files(root)
+    shutil.copytree(root / "class0", tmp_path / "photos")
+    loader = open_train(config(backend, tmp_path / "photos"))
+    batches = take(loader, 12)
+    assert all(batch.label is None and len(batch.views[0]) == 4 for batch in batches)
+    assert {os.path.basename(path) for path in loader.bad} == {
+        "truncated.jpg",
+        "empty.jpg",
+        "text.jpg",
+        "garbage.jpg",
+        "bomb.png",
+    }
+    seen = [int(row) for batch in open_eval(config(backend, tmp_path / "photos")) for row in batch.rows]
+    assert len(seen) == len(set(seen)) == len(os.listdir(tmp_path / "photos")) - 5
+
+
+def test_scan_and_quarantine_without_labels(tmp_path, monkeypatch, capsys):
+    import sys
+
+    root = write_tree(tmp_path / "data")
+    odd_files(root)
+    shutil.copytree(root / "class0", tmp_path / "photos")
+    monkeypatch.setattr(sys, "argv", ["scan_images.py", str(tmp_path / "photos"), "--report", str(tmp_path / "scan")])
+    assert tool("scan_images").main() == 1
+    capsys.readouterr()
+    data = config("folder", tmp_path / "photos", quarantine=str(tmp_path / "scan" / "quarantine.jsonl"))
+    index = loaders.open_data(data, "train")
+    assert index.quarantined == 5 and index.label is None and not index.problems
+    assert loaders.open_data(data, "train").file is not None  # from the cache
+
+
+# ------------------------------------------------------------------------------------------------ training
+
+
+def overrides(root, *more):
+    return [f"data.train={root}", "data.backend=folder", "data.options={}", "data.workers=0", "data.expect_images=null",
+            "data.on_bad_image=replace", "run.duration=4it", *more]  # fmt: skip
+
+
+def test_pretraining_needs_no_label_and_resumes_exactly(flat, tmp_path):
+    (flat / "bad.jpg").write_bytes(b"no image")
+    more = overrides(flat, "evals=[]")
+    whole = tiny("quick/burn_stage1.yaml", tmp_path / "whole", *more)
+    run(whole)
+    part = tiny("quick/burn_stage1.yaml", tmp_path / "part", *more)
+    run(part)
+    for file in sorted((part.folder / "checkpoints").iterdir())[1:]:
+        file.unlink()
+    run(part, resume=True)
+    assert_same_run(whole, part)
+    assert "outputs/entropy_of_mean" in rows(whole)[-1]  # what can be seen without labels is seen
+    assert not any("evaluation" in row for row in rows(whole))
+
+
+def test_evaluations_have_labeled_images_of_their_own(flat, tmp_path):
+    labeled = write_tree(tmp_path / "labeled")
+    evals = json.dumps([{"kind": "knn", "every": "2it", "train": str(labeled), "val": str(labeled), "neighbors": 1}])
+    recipe = tiny("quick/burn_stage1.yaml", tmp_path / "runs", *overrides(flat, f"evals={evals}"))
+    run(recipe)
+    scores = [row for row in rows(recipe) if row.get("evaluation") == "knn"]
+    assert scores and scores[-1]["measured"] == 24 and scores[-1]["top1"] > 99  # each is its own neighbor
+
+
+def refused(recipe):
+    with pytest.raises(DataError) as caught:
+        run_data.open_indices(recipe, dist.start("cpu", 60))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_what_needs_labels_says_so(flat, tmp_path):
+    labeled = write_tree(tmp_path / "labeled")
+    for path, more, message in (
+        ("quick/supervised.yaml", ["evals=[]"], f"{flat}: has no labels"),
+        ("quick/linear.yaml", ["evals=[]"], f"{flat}: has no labels"),
+        ("quick/burn_stage1.yaml", [f"data.val={labeled}"], f"{flat}: has no labels"),
+        ("quick/burn_stage1.yaml", [f"data.val={flat}", f"evals.0.train={labeled}"], f"{flat}: has no labels"),
+        ("quick/supervised.yaml", ["evals=[]", f"data.train={put(tmp_path / 'p', 'x/a.jpg')}", "data.batch_size=1",
+                                   "data.micro_batch=1"], "is all of one class, 'x'"),
+    ):  # fmt: skip
+        said = refused(tiny(path, tmp_path, *overrides(flat), *more))
+        assert message in said and "expected one folder of images per class, or a list or shards with labels" in said
+
+
+def test_a_teacher_takes_the_place_of_labels(flat, tmp_path):
+    recipe = tiny("supervised_kd_step1.yaml", tmp_path / "runs", *overrides(flat, "evals=[]"))
+    run(recipe)
+    assert "train_top1" not in rows(recipe)[-1] and np.isfinite(rows(recipe)[-1]["loss"])
+
+
+def test_labels_of_both_sides_of_an_evaluation_are_the_same(tmp_path):
+    one, other = write_tree(tmp_path / "one"), write_tree(tmp_path / "other", classes=4)
+    said = refused(tiny("quick/burn_stage1.yaml", tmp_path, *overrides(one), f"data.val={other}"))
+    assert "its classes differ from those of" in said and "class3" in said
+
+
+def test_a_run_says_how_it_read_its_images(flat, tmp_path, caplog):
+    sizes = ["data.batch_size=8", "data.micro_batch=8"]
+    recipe = recipes.load(ROOT / "recipes/quick/burn_stage1.yaml", [*overrides(flat), "evals=[]", *sizes])
+    with caplog.at_level(logging.INFO, logger="burn"):
+        run_data.open_here(recipe)
+    assert f"data.train: {flat}: 24 images, images without labels" in caplog.messages
