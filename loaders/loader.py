@@ -23,6 +23,7 @@ from loaders.errors import DataError
 from loaders.index import Index
 from loaders.machine import cores
 from loaders.order import VERSION
+from loaders.readahead import read_ahead
 from loaders.sampler import EvalPositions, Stream, TrainPositions
 from loaders.views import View
 
@@ -90,6 +91,13 @@ class DataConfig(Strict):
     """Images per rank and forward in evaluations."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
+    order: Literal["full", "blocks"] = "full"
+    """`full`: in an epoch any image may come at any time. `blocks`: few shards at a time (or runs of rows, where there
+    are no shards), for disks and networks that are slow at random places."""
+    window: int = Field(default=8, ge=1)
+    """With `order: blocks`, the number of blocks whose images are mixed."""
+    fixed_views: int | None = Field(default=None, ge=1)
+    """Every image has this many fixed draws of its views; epoch e shows number e mod `fixed_views`."""
     on_bad_image: Literal["stop", "replace"] = "stop"
     """A training image that cannot be decoded ends the run, or gives way to its successor in the order.
     Evaluations leave such images out and say how many they measured."""
@@ -353,7 +361,8 @@ def open_train(
         world_size=place.world_size,
         step=step,
     )
-    stream = Stream(index, config.views, seed, version=version)
+    window = config.window if config.order == "blocks" else None
+    stream = Stream(index, config.views, seed, version=version, window=window, fixed_views=config.fixed_views)
     return _open(config, stream, positions, place, training=True, dtype=dtype)
 
 
@@ -403,7 +412,7 @@ def _open(
 ) -> Loader:
     order = Order(
         stream,
-        positions,
+        read_ahead(stream, positions),
         replace=training and config.on_bad_image == "replace",
         workers=workers_per_rank(config, place.local_world_size),
         device=place.device,

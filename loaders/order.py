@@ -10,10 +10,12 @@ line too many, so this is rare. Over the next power of two up to half of the row
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
+from loaders.index import Index
 from loaders.philox import uniform, words
 
 VERSION = 2
@@ -22,15 +24,12 @@ ROUNDS = 8
 _SIDE = 8  # least rows and columns of a grid: in smaller ones neighbors would stay together for too many rounds
 
 # In place of a view's number in the counter of a draw.
-_OF_SORTED, _OF_PLACES = 0xFFFFFFFF, 0xFFFFFFFE
+_OF_SORTED, _OF_PLACES, _OF_BLOCKS = 0xFFFFFFFF, 0xFFFFFFFE, 0xFFFFFFFD
+RUN = 1024
+"""Rows of a block where there are no shards."""
 
 Order = Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.int64]]
 """Epochs [b] and places [b] to rows of the index [b]."""
-
-
-def order(size: int, seed: int, version: int) -> Order:
-    """The order of `size` images in the given version."""
-    return Sorted(size, seed) if version == 1 else Full(size, seed)
 
 
 class Full:
@@ -48,7 +47,7 @@ class Sorted:
 
     def __init__(self, size: int, seed: int) -> None:
         self.size, self.seed = size, seed
-        self._epochs: dict[int, NDArray[np.int64]] = {}
+        self._of = lru_cache(maxsize=2)(self._permutation)  # a batch can straddle two epochs
 
     def __call__(self, epoch: NDArray[np.int64], place: NDArray[np.int64]) -> NDArray[np.int64]:
         image = np.empty_like(place)
@@ -56,33 +55,99 @@ class Sorted:
             image[epoch == e] = self._of(e)[place[epoch == e]]
         return image
 
-    def _of(self, epoch: int) -> NDArray[np.int64]:
-        if epoch not in self._epochs:
-            if len(self._epochs) > 1:  # a batch can straddle two epochs, never three
-                del self._epochs[min(self._epochs)]
-            keys = uniform(np.arange(self.size), np.asarray(_OF_SORTED), np.asarray(epoch), 2, self.seed)
-            self._epochs[epoch] = np.lexsort((keys[:, 1], keys[:, 0]))
-        return self._epochs[epoch]
+    def _permutation(self, epoch: int) -> NDArray[np.int64]:
+        keys = uniform(np.arange(self.size), np.asarray(_OF_SORTED), np.asarray(epoch), 2, self.seed)
+        return np.lexsort((keys[:, 1], keys[:, 0]))
+
+
+class Blocks:
+    """For disks that are slow at random places: a few blocks of rows at a time.
+
+    The blocks of an epoch are permuted, `window` of them in a row make a window, and the images of a window are
+    permuted. Time and memory of an epoch grow with the number of blocks alone.
+
+    Args:
+        starts: [n], first row of each block, from 0 on.
+        size: images of the data set.
+        window: blocks of a window; the last of an epoch may have fewer.
+        seed: of the run.
+    """
+
+    def __init__(self, starts: NDArray[np.int64], size: int, window: int, seed: int) -> None:
+        self.starts, self.size, self.window, self.seed = starts, size, window, seed
+        self.windows = -(-len(starts) // window)
+        """Of an epoch."""
+        self._of = lru_cache(maxsize=2)(self._arrangement)  # a batch can straddle two epochs
+
+    def __call__(self, epoch: NDArray[np.int64], place: NDArray[np.int64]) -> NDArray[np.int64]:
+        image = np.empty_like(place)
+        for e in np.unique(epoch).tolist():
+            image[epoch == e] = self._images(e, place[epoch == e])
+        return image
+
+    def window_of(self, epoch: int, place: int) -> int:
+        """The window that a place of an epoch lies in."""
+        _, first = self._of(epoch)
+        return (int(np.searchsorted(first, place, "right")) - 1) // self.window
+
+    def rows(self, epoch: int, window: int) -> list[range]:
+        """The rows of each block of a window."""
+        blocks, _ = self._of(epoch)
+        ends = np.append(self.starts[1:], self.size)
+        return [range(self.starts[b], ends[b]) for b in blocks[window * self.window : (window + 1) * self.window]]
+
+    def _images(self, epoch: int, place: NDArray[np.int64]) -> NDArray[np.int64]:
+        blocks, first = self._of(epoch)
+        window = (np.searchsorted(first, place, "right") - 1) // self.window
+        low = first[window * self.window]
+        high = first[np.minimum((window + 1) * self.window, len(blocks))]
+        place = low + permuted(place - low, high - low, np.asarray(epoch), self.seed, window)
+        number = np.searchsorted(first, place, "right") - 1
+        image: NDArray[np.int64] = self.starts[blocks[number]] + place - first[number]
+        return image
+
+    def _arrangement(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The blocks [n] in the order of an epoch, and the first place of each, with the end [n + 1]."""
+        count = np.asarray(len(self.starts))
+        blocks = permuted(np.arange(len(self.starts)), count, np.asarray(epoch), self.seed, of=_OF_BLOCKS)
+        lengths = np.diff(self.starts, append=self.size)[blocks]
+        return blocks, np.concatenate(([0], np.cumsum(lengths)))
+
+
+def block_starts(index: Index) -> NDArray[np.int64]:
+    """First rows of the blocks of a data set: its shards if it has several, else runs of `RUN` rows."""
+    if index.pieces is None or len(index.pieces.files) < 2:
+        return np.arange(0, len(index), RUN)
+    file, part = index.pieces.file, 1 << 20  # in parts: the column may be larger than the memory
+    changes = [
+        first + 1 + np.flatnonzero(np.diff(file[first : first + part + 1])) for first in range(0, len(index), part)
+    ]
+    return np.concatenate(([0], *changes))
 
 
 def permuted(
-    place: NDArray[np.int64], size: NDArray[np.int64], epoch: NDArray[np.int64], seed: int
+    place: NDArray[np.int64],
+    size: NDArray[np.int64],
+    epoch: NDArray[np.int64],
+    seed: int,
+    window: NDArray[np.int64] | int = 0,
+    of: int = _OF_PLACES,
 ) -> NDArray[np.int64]:
     """A keyed permutation of the whole numbers below `size`, at the places that are asked.
 
     Args:
         place: [b], 0 <= place < size.
         size: of the set that is permuted, 1 or more; broadcast to [b], as are the others.
-        epoch, seed: choose the permutation.
+        epoch, seed, window, of: choose the permutation.
 
     Returns:
         [b], below `size`.
     """
-    place, size, epoch = np.broadcast_arrays(place, size, epoch)
+    place, size, epoch, window = np.broadcast_arrays(place, size, epoch, window)
     # A square grid, or one row less; float64's root is exact enough, as rows follow from columns.
     columns = np.maximum(np.ceil(np.sqrt(size.astype(np.float64))).astype(np.int64), _SIDE)
     rows = np.maximum(-(-size // columns), _SIDE)
-    keys = _keys(epoch, seed)
+    keys = _keys(epoch, window, seed, of)
     image = place.copy()
     outside = np.flatnonzero(size > 1)
     while len(outside):
@@ -114,9 +179,10 @@ def _mixed(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return (x ^ (x >> np.uint64(31))) >> np.uint64(1)
 
 
-def _keys(epoch: NDArray[np.int64], seed: int) -> NDArray[np.uint64]:
-    """Keys of the rounds: epochs [b] to [ROUNDS, b]."""
-    epochs, where = np.unique(epoch, return_inverse=True)
-    drawn = words(np.asarray(0), np.asarray(_OF_PLACES), epochs, 2 * ROUNDS, seed).astype(np.uint64)
+def _keys(epoch: NDArray[np.int64], window: NDArray[np.int64], seed: int, of: int) -> NDArray[np.uint64]:
+    """Keys of the rounds: epochs and windows [b] to [ROUNDS, b]."""
+    # One number for both: NumPy has no fast way to find equal pairs.
+    _, first, where = np.unique(epoch << 32 | window, return_index=True, return_inverse=True)
+    drawn = words(window[first], np.asarray(of), epoch[first], 2 * ROUNDS, seed).astype(np.uint64)
     keys: NDArray[np.uint64] = (drawn[:, ::2] << np.uint64(32)) | drawn[:, 1::2]
     return keys.T[:, where.reshape(-1)]

