@@ -197,6 +197,18 @@ def test_sampled_stream_is_the_same_after_resume(tmp_path, monkeypatch):
     assert positions == list(range(96))
 
 
+def test_resume_is_exact_in_blocks_and_with_fixed_views(tmp_path):
+    overrides = ["data.options.num_images=20", "run.save_every=1it", "data.fixed_views=2"]
+    recipe = tiny("quick/burn_stage1.yaml", tmp_path / "whole", *overrides, "data.order=blocks", "data.window=2")
+    run(recipe)
+    again = cut(recipe, tmp_path / "cut", 3)
+    run(again, resume=True)
+    assert_same_run(recipe, again)
+    changed = tiny("quick/burn_stage1.yaml", tmp_path / "whole", *overrides, "data.window=2")
+    with pytest.raises(RecipeError, match=r"data\.order was blocks, is full"):
+        trainer_of(changed, resume=True)
+
+
 def with_stream(recipe, folder, version):
     """The run folder of a resumable recipe as an engine with this version of the stream leaves it; None names none."""
     again = cut(recipe, folder, 3)
