@@ -26,7 +26,11 @@ class Monitors:
     | `binary/saturated_channels` | share that is outside [-1, 1] everywhere: clip-STE passes no gradient |
     | `features/rank` | exp of the entropy of the normalized singular values (RankMe, Garrido et al. 2023, eq. 1) |
     | `outputs/entropy` | mean entropy of `Method.outputs`, in nats |
-    | `outputs/entropy_of_mean` | entropy of their mean distribution; both near 0: one answer for all |
+    | `outputs/entropy_of_mean` | entropy of their mean distribution |
+    | `outputs/information` | the latter minus the former, 0 where all images get one answer |
+
+    Those of binary weights and of binary activations are there where the network has some. Ranges and alarms:
+    `docs/meters.md`.
 
     Args:
         method: watched where its evaluated network trains; a frozen one (linear evaluation) gives nothing.
@@ -36,8 +40,11 @@ class Monitors:
         self.method = method
         self.network = method.evaluated
         self.is_trained = any(p.requires_grad for p in self.network.parameters())
-        self.layers = [m for m in self.network.modules() if isinstance(m, BinaryConv2d) and m.weight.requires_grad]
+        convolutions = [m for m in self.network.modules() if isinstance(m, BinaryConv2d) and m.weight.requires_grad]
+        self.layers = [layer for layer in convolutions if layer.weights == "binary"]
+        self.readers = [layer for layer in convolutions if layer.activations == "binary"]
         self._signs = self._read_signs()
+        self._low: dict[str, int] = {}  # meter -> rows in which it was too low, counted on once it was said
 
     def _read_signs(self) -> Tensor:
         signs = [layer.weight.detach().flatten() < 0 for layer in self.layers]
@@ -67,8 +74,7 @@ class Monitors:
             dead.append((low > 0) | (high < 0))
             saturated.append(args[0].abs().amin(dim=(0, 2, 3)) > 1)
 
-        binary = [layer for layer in self.layers if layer.activations == "binary"]
-        hooks = [layer.register_forward_pre_hook(look) for layer in binary]
+        hooks = [layer.register_forward_pre_hook(look) for layer in self.readers]
         was_training = self.method.training
         self.method.eval()
         try:
@@ -83,15 +89,30 @@ class Monitors:
             found["binary/saturated_channels"] = torch.cat(saturated).float().mean()
         found["features/rank"] = effective_rank(features)
         meters = collapse_meters(outputs, temperature=1.0)
-        return {**found, **{f"outputs/{name}": meters[name] for name in ("entropy", "entropy_of_mean")}}
+        return {**found, **{f"outputs/{name}": meters[name] for name in ("entropy", "entropy_of_mean", "information")}}
+
+    def alarms(self, row: dict[str, float]) -> list[str]:
+        """A line for each meter that says in two rows of the log, one after the other, that all images get one answer;
+        each line once in a run."""
+        said = []
+        for meter, (least, remedy) in self.method.collapse.items():
+            is_low = meter in row and row[meter] < least
+            self._low[meter] = self._low.get(meter, 0) + 1 if is_low or self._low.get(meter, 0) >= 2 else 0
+            if self._low[meter] == 2:
+                said.append(
+                    f"collapsed: {meter} is {row[meter]:.3g}, below {least:.3g}: every image gets the same answer, "
+                    f"and the loss does not show it; {remedy} (docs/meters.md)"
+                )
+        return said
 
     def state_dict(self) -> dict[str, Any]:
         """The signs at the last log, so that a resumed run counts the same flips."""
         return {"signs": self._signs}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore them."""
-        self._signs = state["signs"].to(self._signs.device)
+        """Restore them, unless others were watched."""
+        if len(state["signs"]) == len(self._signs):
+            self._signs = state["signs"].to(self._signs.device)
 
 
 def effective_rank(features: Tensor) -> Tensor:

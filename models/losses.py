@@ -81,14 +81,18 @@ def collapse_meters(logits_BC: Tensor, temperature: float) -> dict[str, Tensor]:
 
     Returns:
         `entropy`: mean entropy of the images' distributions, in nats; `entropy_of_mean`: entropy of the mean
-        distribution (both log C when the outputs are constant and flat; equal when all images get one answer);
-        `std`: mean over the C outputs of their standard deviation over the batch (0 when constant).
+        distribution; `information`: the latter minus the former, which is the mutual information of image and answer
+        (0 when all images get one answer, flat or not); `std`: mean over the C outputs of their standard deviation
+        over the batch (0 when constant).
     """
     logits = at_least_float32(logits_BC)
     log_p = F.log_softmax(logits / temperature, dim=1)
     mean = log_p.exp().mean(dim=0)
+    entropy = -(log_p.exp() * log_p).sum(dim=1).mean()
+    entropy_of_mean = -torch.special.xlogy(mean, mean).sum()
     return {
-        "entropy": -(log_p.exp() * log_p).sum(dim=1).mean(),
-        "entropy_of_mean": -torch.special.xlogy(mean, mean).sum(),
+        "entropy": entropy,
+        "entropy_of_mean": entropy_of_mean,
+        "information": (entropy_of_mean - entropy).clamp(min=0),
         "std": logits.std(dim=0, correction=0).mean(),
     }

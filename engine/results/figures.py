@@ -71,13 +71,14 @@ def draw_comparison(out: Path, title: str, entries: Sequence[Entry], curves: dic
     for number, (name, folders) in enumerate(curves.items()):
         style = {"color": f"C{number % 10}", "linestyle": "-" if number < 10 else "--", "linewidth": 1.2}
         for axis, monitor in ((flips, "binary/sign_flips"), (rank, "features/rank")):
-            start = 0.0
-            for stage, folder in enumerate(folders):
-                rows = [row for row in metrics(folder) if monitor in row]
-                if rows:
-                    images = [start + row["images"] for row in rows]
-                    axis.plot(images, [row[monitor] for row in rows], label=name if stage == 0 else None, **style)
-                    start = images[-1]
+            start, label = 0.0, name
+            for folder in folders:
+                rows = metrics(folder)
+                if found := [row for row in rows if monitor in row]:  # no signs flip where weights are real
+                    images = [start + row["images"] for row in found]
+                    axis.plot(images, [row[monitor] for row in found], label=label, **style)
+                    label = "_"  # matplotlib's for none
+                start += max((row["images"] for row in rows), default=0)
     flips.set(title="share of weight signs flipped between two logs", xlabel="images", yscale="log")
     rank.set(title="effective rank of the features (RankMe)", xlabel="images", ylim=(0, None))
     flips.legend(fontsize=7)

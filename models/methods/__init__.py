@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Mapping
 from types import ModuleType
 from typing import ClassVar, Literal
 
@@ -76,6 +77,11 @@ class Method(nn.Module):
     """How many views each backbone runs, None for all: for the cost that `--dry-run` prints."""
     moved_after_step: tuple[str, ...] = ()
     """Prefixes of the parameters and buffers that `after_step`, not the optimizer, changes."""
+    collapse: Mapping[str, tuple[float, str]] = {
+        "outputs/information": (1e-4, "start gently: a lower schedules.lr.start or a longer schedules.lr.warmup")
+    }
+    """Logged scalar -> the value below which it says that all images get one answer, and the recipe key that ends it:
+    said once in a run. Empty where labels leave no room for it."""
 
     def forward(self, views: list[Tensor], label: Tensor | None, values: dict[str, Tensor]) -> dict[str, Tensor]:
         """Compute the loss of one micro-batch.

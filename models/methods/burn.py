@@ -55,6 +55,14 @@ class Burn(Method):
     """L = ℓ(s1, t2) + ℓ(s2, t1) with ℓ = mean of (1 - λ)·FS + λ·KL; λ is the scheduled scalar `balance`."""
 
     views_per_backbone = 2
+    collapse = {  # noqa: RUF012
+        **Method.collapse,
+        "target_information": (
+            0.05,
+            "slow the teacher's classifier with optim.lr_scale={teacher_head: 1e-3} or freeze it with "
+            "method.target_gradient=none",
+        ),
+    }
 
     def __init__(self, config: Config) -> None:
         super().__init__()

@@ -53,6 +53,9 @@ class Byol(Method):
             nn.init.normal_(layer.weight, std=0.01)  # as OpenSelfSup's predictor
         self.target_backbone = copy.deepcopy(self.backbone).requires_grad_(False)
         self.target_head = copy.deepcopy(self.head).requires_grad_(False)
+        # Unit vectors in all directions have a standard deviation of 1/√D in each coordinate.
+        remedy = "move the target more slowly with schedules.momentum.start nearer to 1, or lower schedules.lr.start"
+        self.collapse = {**self.collapse, "target_std": (0.1 / config.out_dim**0.5, remedy)}
 
     def forward(self, views: list[Tensor], label: Tensor | None, values: dict[str, Tensor]) -> dict[str, Tensor]:
         """Two views [B, 3, H, W] to the symmetric loss; each view has BatchNorm statistics of its own."""

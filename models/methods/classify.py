@@ -75,6 +75,8 @@ class Config(MethodConfig):
 class Classify(Method):
     """Cross-entropy of a linear layer on the features; what is frozen stays in evaluation mode."""
 
+    collapse = {}  # noqa: RUF012
+
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
