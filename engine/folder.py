@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import json
+import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
@@ -23,15 +26,21 @@ class RunFolder:
         FolderError: it cannot be written, or another process holds it.
     """
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, step: int = 0) -> None:
+        """`step`: the run continues after this one."""
         self.path = recipe.folder
+        names = (f"before_step_{step}" + (f"_{number}" if number else "") for number in itertools.count())
+        self.before = next(place for name in names if not (place := self.path / name).exists())
         with _written(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.path / ".lock", "w")
         try:
             self._hold()
             with _written(self.path):
-                (self.path / "recipe.yaml").write_text(recipe.dump(), encoding="utf-8")
+                kept, text = self.path / "recipe.yaml", recipe.dump()
+                if kept.exists() and kept.read_text(encoding="utf-8") != text:
+                    self._keep("recipe.yaml", "environment.json")
+                kept.write_text(text, encoding="utf-8")
                 text = json.dumps(environment(), indent=2) + "\n"
                 (self.path / "environment.json").write_text(text, encoding="utf-8")
         except FolderError:
@@ -46,8 +55,40 @@ class RunFolder:
                 f"{self.path}: another process is running here; wait for it or give this run another name"
             ) from None
 
-    def open_rows(self, step: int) -> TextIO:
-        """`metrics.jsonl`, to be appended to; rows after `step`, of a run that was killed, are dropped.
+    def _keep(self, *names: str) -> None:
+        """Copy files into `before`."""
+        self.before.mkdir(exist_ok=True)
+        for name in names:
+            if (self.path / name).exists():
+                shutil.copy2(self.path / name, self.before / name)
+
+    def set_aside(self) -> None:
+        """Keep all that counts in steps in `before`, because the run goes on in steps of another size; checkpoints stay
+        until `drop_old` too.
+
+        Raises:
+            FolderError: it cannot be written.
+        """
+        with _written(self.before):
+            self._keep("metrics.jsonl")
+            self._old = sorted((self.path / "checkpoints").glob("step-*.pt"))
+            (self.before / "checkpoints").mkdir()
+            for path in self._old:
+                try:
+                    os.link(path, self.before / "checkpoints" / path.name)
+                except OSError:  # not on every file system
+                    shutil.copy2(path, self.before / "checkpoints" / path.name)
+            if (self.path / "tensorboard").exists():
+                (self.path / "tensorboard").rename(self.before / "tensorboard")
+
+    def drop_old(self) -> None:
+        """Remove the checkpoints that were set aside from the run's own, once it has one of its new steps."""
+        for path in self._old:
+            path.unlink(missing_ok=True)
+
+    def open_rows(self, images: int | None) -> TextIO:
+        """`metrics.jsonl`, to be appended to. Rows beyond `images`, of a run that was killed, are dropped (steps may
+        have changed their size); None drops all.
 
         Raises:
             FolderError: it cannot be read or written.
@@ -55,10 +96,10 @@ class RunFolder:
         path = self.path / "metrics.jsonl"
         kept = []
         with _written(self.path):
-            if step and path.exists():
+            if images is not None and path.exists():
                 for line in path.read_text(encoding="utf-8").splitlines():
                     try:
-                        if json.loads(line)["step"] <= step:
+                        if json.loads(line)["images"] <= images:
                             kept.append(line)
                     except (ValueError, KeyError):
                         pass  # the last line of a run that was killed while writing it

@@ -25,13 +25,13 @@ def build(config: OptimConfig, module: nn.Module) -> torch.optim.Optimizer:
     parts = {name.split(".", 1)[0] for name in trained}
     for part in set(config.lr_scale) - parts:
         raise RecipeError(f"optim.lr_scale.{part}: not a part that trains, expected one of {', '.join(sorted(parts))}")
-    members: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    members: dict[tuple[float, bool], list[str]] = {}
     for name, parameter in trained.items():
         scale = config.lr_scale.get(name.split(".", 1)[0], 1.0)
-        members.setdefault((scale, config.decay == "all" or is_weight(parameter)), []).append(parameter)
+        members.setdefault((scale, config.decay == "all" or is_weight(parameter)), []).append(name)
     groups = [
-        {"params": parameters, "lr_scale": scale, "decayed": decayed}
-        for (scale, decayed), parameters in members.items()
+        {"params": [trained[name] for name in names], "names": names, "lr_scale": scale, "decayed": decayed}
+        for (scale, decayed), names in members.items()
     ]
     if config.name in ("lars", "larc"):
         return LARS(groups, momentum=config.momentum, trust=config.trust, rate_in_buffer=config.name == "lars")
@@ -48,11 +48,40 @@ def build(config: OptimConfig, module: nn.Module) -> torch.optim.Optimizer:
     return kind(groups, lr=0.0, betas=config.betas, eps=config.eps, weight_decay=0.0, fused=fused)
 
 
-def load_state_dict(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load a checkpoint's state, but not how its machine computed an update: a GPU's form may be none of a CPU's."""
-    kept = [{key: group[key] for key in ("fused", "foreach") if key in group} for group in optimizer.param_groups]
-    groups = [{**group, **ours} for group, ours in zip(state["param_groups"], kept, strict=True)]
-    optimizer.load_state_dict({**state, "param_groups": groups})
+def load_state_dict(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> str:
+    """Continue with the moments of a checkpoint, parameter by parameter. All else is as the optimizer was built: groups
+    and settings are the recipe's, and a GPU's form of the update may be none of a CPU's.
+
+    Returns:
+        What starts anew because the checkpoint has nothing for it, in one line, or "".
+    """
+    own, then = optimizer.state_dict(), state["param_groups"]
+    if _kind(own["param_groups"]) != _kind(then):
+        return "the optimizer is of another kind: its moments start anew"
+    names = [name for group in then for name in group.get("names", ())]
+    if not names:  # of an older version, which had the parameters in the same order if it had the same groups
+        if [len(group["params"]) for group in then] != [len(group["params"]) for group in own["param_groups"]]:
+            return "the optimizer has other groups than this older checkpoint: its moments start anew"
+        names = [name for group in own["param_groups"] for name in group["names"]]
+    place = dict(zip(names, (number for group in then for number in group["params"]), strict=True))
+    moments, lacking = {}, []
+    for group in own["param_groups"]:
+        for name, number in zip(group["names"], group["params"], strict=True):
+            if place.get(name) in state["state"]:
+                moments[number] = state["state"][place[name]]
+            elif number in own["state"]:
+                moments[number] = own["state"][number]
+            if name not in place:
+                lacking.append(name)
+    optimizer.load_state_dict({"state": moments, "param_groups": own["param_groups"]})
+    return (
+        f"{len(lacking)} parameters, {lacking[0]} first, did not train before: their moments are new" if lacking else ""
+    )
+
+
+def _kind(groups: list[dict[str, Any]]) -> tuple[bool, Any]:
+    """Optimizers of one kind can continue each other: their moments mean the same."""
+    return "betas" in groups[0], groups[0].get("rate_in_buffer")
 
 
 class LARS(torch.optim.Optimizer):

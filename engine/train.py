@@ -39,7 +39,16 @@ from engine.log import Clock, Meter, RunLog, duration, logger
 from engine.monitors import IMAGES, Monitors
 from engine.provenance import versions
 from engine.recipe import Recipe, micro_steps
-from engine.resume import check_identity, identity, newest_checkpoint, stream_version
+from engine.resume import (
+    check_identity,
+    free_changes,
+    horizon_of,
+    identity,
+    jumps,
+    newest_checkpoint,
+    recipe_of,
+    stream_version,
+)
 from engine.schedules import Horizon, due, value
 from loaders import Batch, Index, Loader
 from models import backbones
@@ -125,6 +134,8 @@ class Trainer:
     _is_inside: bool  # whether a step has begun that has not ended
     _saved: int  # the step of the newest checkpoint, or that the run started from
     _due_evals: list[int]  # evaluations of the recipe that are to be run after the newest step
+    _is_resumed: bool  # whether the run continues from a checkpoint
+    _is_renumbered: bool  # whether it continues one whose steps had another number of images
     _buffers: list[tuple[list[Tensor], list[Tensor]]]  # copies and buffers of each dtype
 
     def __init__(self, recipe: Recipe, world: World, *, resume: bool = False, allow_changes: bool = False) -> None:
@@ -139,6 +150,7 @@ class Trainer:
         self.loader = self.folder = self.log = self._signal = None
         self.consensus, self.verdict = dist.consensus(world), (False, False)
         self._is_whole, self._is_inside, self._due_evals = True, False, []
+        self._is_resumed = self._is_renumbered = False
 
         usable, self._refused = accelerator.usable(recipe.run, world.device)
         accelerator.set_up(usable, world.device, world.local_world_size)
@@ -295,6 +307,10 @@ class Trainer:
         try:
             dist.together(self._open_folder)
             self._warn()
+            if self._is_renumbered:
+                self._save(self.steps_done, must=True)
+                if self.folder:
+                    self.folder.drop_old()
             self.loader = loaders.open_train(
                 self.recipe.data,
                 self.indices["train"],
@@ -413,6 +429,8 @@ class Trainer:
             if health:
                 row |= dict(zip(health, torch.stack(list(health.values())).tolist(), strict=True))
             self.log.row(step, row)
+            for text in self.monitors.alarms(row):
+                logger.warning(f"step {step}: {text}")
 
     def _evaluate(self) -> bool:
         """Run the evaluations that are due after the newest step; False if a signal cut them short, so that a resumed
@@ -433,8 +451,11 @@ class Trainer:
         if not self.world.is_main:
             return
         recipe, world = self.recipe, self.world
-        self.folder = RunFolder(recipe)
-        self.log = RunLog(recipe.folder, self.folder.open_rows(self.steps_done), self.horizon, self.steps_done)
+        self.folder = RunFolder(recipe, self.steps_done)
+        if self._is_renumbered:
+            self.folder.set_aside()
+        rows = self.folder.open_rows(self.steps_done * recipe.data.batch_size if self._is_resumed else None)
+        self.log = RunLog(recipe.folder, rows, self.horizon, self.steps_done)
         logger.info(
             f"{recipe.folder}: recipe {recipe.hash}, {len(self.indices['train'])} images, {self.horizon.total_steps} "
             f"steps of {recipe.data.batch_size} = {recipe.run.duration}, {self.micro_steps} micro-steps, "
@@ -478,23 +499,38 @@ class Trainer:
             "bad_images": {p: reason for bad in of_ranks for p, reason in bad.items()},
             "due_evals": self._due_evals,
             "total_steps": self.horizon.total_steps,
+            "horizon": self.horizon._asdict(),
             "recipe": self.recipe.dump(),
             "identity": self._identity(),
             "versions": versions(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue after the step of a checkpoint."""
-        self.method.load_state_dict(state["method"])
-        optim.load_state_dict(self.optimizer, state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+    def load_state_dict(self, state: dict[str, Any]) -> list[str]:
+        """Continue after the images of a checkpoint: at its step, or at the last whole one of today's size.
+
+        Returns:
+            A line for each thing that starts anew.
+
+        Raises:
+            CheckpointError: the method has other tensors.
+        """
+        try:
+            self.method.load_state_dict(state["method"])
+        except RuntimeError as error:
+            said = "; ".join(line.strip() for line in str(error).splitlines()[1:3])
+            raise CheckpointError(f"the checkpoint is of another network than the recipe: {said}") from None
+        anew = [optim.load_state_dict(self.optimizer, state["optimizer"])]
+        if state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        elif self.scaler.is_enabled():
+            anew.append("the loss scaler starts anew")
         self.skipped = state["skipped"].to(self.world.device)
         self.meter.load_state_dict(state["meter"], self.world.rank)
         self.monitors.load_state_dict(state["monitors"])
         self.clock.seconds = state["seconds"]
         self.bad_images = state["bad_images"]
-        self.steps_done = state["step"]
-        self._due_evals = [number for number in state.get("due_evals", []) if number < len(self.recipe.evals)]
+        self.steps_done = state["step"] * horizon_of(state, 0).batch_size // self.recipe.data.batch_size
+        return [text for text in anew if text]
 
     def _identity(self) -> dict[str, Any]:
         return identity(self.recipe, self.world.world_size, self.world.device.type, self.indices, self.stream_version)
@@ -510,20 +546,7 @@ class Trainer:
                 self._initialize()
             self.monitors = Monitors(self.method)
             if path is not None:
-                state = checkpoint.load(path)
-                self.stream_version = stream_version(state, path)
-                check_identity(state, path, self._identity(), allow_changes=allow_changes)
-                self.load_state_dict(state)
-                if state["versions"] != versions():
-                    logger.warning(
-                        f"{path} was written with {state['versions']}, this is {versions()}: numbers may differ"
-                    )
-                logger.info(f"resumed {path} at step {self.steps_done}")
-                if self.stream_version != loaders.STREAM_VERSION:
-                    logger.info(
-                        f"the run keeps the order of images that it began with, version {self.stream_version} of the "
-                        f"stream; a new run has version {loaders.STREAM_VERSION}"
-                    )
+                self._resume(path, allow_changes)
 
         dist.together(load)
         dist.must_agree(
@@ -535,6 +558,41 @@ class Trainer:
                 **{f"the fingerprint of data.{split}": index.fingerprint for split, index in self.indices.items()},
             }
         )
+
+    def _resume(self, path: Path, allow_changes: bool) -> None:
+        """Continue from a checkpoint, and say all that is different from then."""
+        state = checkpoint.load(path)
+        self.stream_version = stream_version(state, path)
+        recipe, then, before = self.recipe, recipe_of(state, path), horizon_of(state, self.horizon.num_images)
+        changed = check_identity(state, path, self._identity(), allow_changes=allow_changes)
+        changed += self.load_state_dict(state)
+        if state["versions"] != versions():
+            changed.append(f"{path} was written with {state['versions']}, this is {versions()}: numbers may differ")
+        self._is_resumed, self._is_renumbered = True, before.batch_size != recipe.data.batch_size
+        if then:
+            changed += jumps(then, before, state["step"], recipe, self.horizon, self.steps_done)
+            owed = [then.evals[number] for number in state.get("due_evals", [])]
+            self._due_evals = [number for number, evaluation in enumerate(recipe.evals) if evaluation in owed]
+        if not self.world.is_main:
+            return
+        for text in changed:
+            logger.warning(f"resumed differently: {text}")
+        for text in free_changes(then, recipe) if then else ():
+            logger.info(f"resumed the same: {text}")
+        logger.info(f"resumed {path} at step {self.steps_done}")
+        if self.stream_version != loaders.STREAM_VERSION:
+            logger.info(
+                f"the run keeps the order of images that it began with, version {self.stream_version} of the stream; a "
+                f"new run has version {loaders.STREAM_VERSION}"
+            )
+        if self._is_renumbered:
+            seen, kept = state["step"] * before.batch_size, self.steps_done * recipe.data.batch_size
+            again = f", the last {seen - kept:,} are seen again" if seen > kept else ""
+            logger.warning(
+                f"steps of {recipe.data.batch_size} images instead of {before.batch_size}: step {state['step']} is "
+                f"step {self.steps_done} now, of {seen:,} images{again}; what was before is kept in "
+                f"{recipe.folder}/before_step_{self.steps_done}"
+            )
 
     def _initialize(self) -> None:
         given = set()
