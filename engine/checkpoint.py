@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 import torch
+import yaml
 from torch import Tensor, nn
 
 from engine.errors import CheckpointError, NotFiniteState
@@ -23,6 +25,8 @@ from engine.log import logger
 from engine.recipe import InitConfig
 from loaders.files import aside
 from models import weights
+from models.contract import BackboneConfig
+from models.methods import MethodConfig
 
 FORMAT = 2
 _NAME = re.compile(r"step-(\d{9})-([0-9a-f]{16})\.pt")
@@ -129,11 +133,15 @@ def source(init: InitConfig) -> Path:
     return path
 
 
-def initialize(module: nn.Module, init: InitConfig) -> None:
-    """Load parts of a source into a method's children, strictly.
+def initialize(module: nn.Module, config: MethodConfig, init: InitConfig) -> None:
+    """Load parts of a source into a method's children, strictly; on the meta device only see whether they fit.
+
+    Args:
+        config: what the method was built from.
 
     Raises:
-        CheckpointError: no such source, or a part that either side does not have.
+        CheckpointError: no such source, a part that either side does not have, or a network that is frozen here and was
+            trained as another one.
         models.weights.WeightsError: keys or shapes that do not fit; all of them are listed.
     """
     path = source(init)
@@ -152,7 +160,29 @@ def initialize(module: nn.Module, init: InitConfig) -> None:
         if part not in parts:
             raise CheckpointError(f"{path}: has no part '{part}', expected one of {', '.join(parts)}")
         weights.load_part(children[target], parts[part], part=part, path=path)
+        is_frozen = not all(parameter.requires_grad for parameter in children[target].parameters())
+        if is_frozen and target in config.networks:
+            _must_be_trained_as(target, config.networks[target], trained_as(content, part), part, path)
         logger.info(f"{target} starts from {part} of {path}")
+
+
+def trained_as(content: Any, part: str) -> dict[str, Any]:
+    """The keys of the network that a part of a checkpoint was trained as; none where the file does not say."""
+    recipe = yaml.safe_load(content["recipe"]) if isinstance(content, dict) and "recipe" in content else {}
+    keys = recipe.get("method", {}).get(part)
+    return keys if isinstance(keys, dict) else {}
+
+
+def _must_be_trained_as(name: str, network: BackboneConfig, keys: dict[str, Any], part: str, path: Path) -> None:
+    own = network.model_dump(mode="json")
+    differs = [key for key in own if key in keys and own[key] != keys[key] and key not in network.only_in_training]
+    if differs:
+        then = ", ".join(f"{key}: {json.dumps(keys[key])}" for key in differs)
+        now = ", ".join(f"{key}: {json.dumps(own[key])}" for key in differs)
+        remedy = " ".join(f"method.{name}.{key}={json.dumps(keys[key])}" for key in differs)
+        raise CheckpointError(
+            f"{path}: its {part} was trained with {then}, and {name} is frozen here with {now}; set {remedy}"
+        )
 
 
 def _newest_first(folder: Path) -> Iterator[Path]:

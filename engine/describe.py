@@ -6,32 +6,37 @@ import loaders
 from engine import faults
 from engine.errors import RecipeError
 from engine.optim import is_weight
-from engine.preflight import missing
+from engine.preflight import missing, refused
 from engine.recipe import Recipe, micro_steps
 from engine.schedules import Horizon, to_steps, value
 from models import cost, methods
 
 
-def describe(recipe: Recipe) -> str:
+def describe(recipe: Recipe, *, resumes: bool = False, allow_changes: bool = False) -> str:
     """The text of `--dry-run`.
 
-    Raises:
-        loaders.DataError: the data set is there and cannot be used.
+    Args:
+        resumes, allow_changes: what the run would be started with.
     """
     lines = [recipe.dump().rstrip(), "", f"recipe hash      {recipe.hash}"]
-    problems = missing(recipe)
+    problems = missing(recipe, resumes=resumes)
     horizon = _horizon(recipe, no_data=any(problem.key == "data.train" for problem in problems))
     lines += _length(recipe, horizon)
     method = methods.on_meta(recipe.method)
     lines += _parameters(recipe, method)
     lines += _cost(recipe, method, horizon.total_steps * horizon.batch_size if horizon else None)
     lines += ["", "missing:", *(f"  {problem}" for problem in problems)] if problems else ["", "missing: nothing"]
+    if no := refused(recipe, resumes=resumes, allow_changes=allow_changes):
+        lines += ["", "would be refused:", *(f"  {text}" for text in no)]
     return "\n".join(lines)
 
 
 def _horizon(recipe: Recipe, no_data: bool) -> Horizon | None:
     data = recipe.data
-    images = data.expect_images if no_data else len(loaders.open_data(data, "train"))
+    try:
+        images = data.expect_images if no_data else len(loaders.open_data(data, "train"))
+    except loaders.DataError:  # it would be refused
+        images = data.expect_images
     return Horizon.of(recipe.run.duration, images, data.batch_size) if images else None
 
 

@@ -1,15 +1,21 @@
-"""What a recipe names and this machine does not have, before anything starts."""
+"""What a recipe names and this machine does not have, and what else a start would refuse, before anything starts."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
-from engine import checkpoint
-from engine.data import roots_of
-from engine.errors import CheckpointError
+from engine import checkpoint, optim
+from engine.data import open_here, roots_of
+from engine.errors import KNOWN, CheckpointError, first_line
 from engine.recipe import Recipe
+from engine.resume import check_identity, identity, newest_checkpoint, stream_version
+from loaders import Index
 from loaders.sources import is_there
+from models import methods
+
+T = TypeVar("T")
 
 
 class Problem(NamedTuple):
@@ -46,3 +52,40 @@ def missing(recipe: Recipe, *, resumes: bool = False) -> list[Problem]:
         except CheckpointError as error:
             problems.append(Problem(f"init.{number}.from", str(error).removeprefix("init.from: ")))
     return problems
+
+
+def refused(recipe: Recipe, *, resumes: bool = False, allow_changes: bool = False) -> list[str]:
+    """What a start would refuse, in its own words, besides what is `missing`; nothing is written and no device touched.
+
+    Args:
+        resumes, allow_changes: as for the start.
+    """
+    lacks = {problem.key for problem in missing(recipe, resumes=resumes)}
+    said: list[str] = []
+
+    def ask(question: Callable[[], T]) -> T | None:
+        try:
+            return question()
+        except KNOWN as error:
+            said.append(first_line(error))
+            return None
+
+    method = methods.on_meta(recipe.method)
+    has_data = lacks.isdisjoint({"data.backend", *roots_of(recipe)})
+    indices = ask(lambda: open_here(recipe)) if has_data else None
+    ask(lambda: optim.build(recipe.optim, method))
+    newest = ask(lambda: newest_checkpoint(recipe, resume=resumes))
+    if newest is None:
+        for number, init in enumerate(recipe.init):
+            if f"init.{number}.from" not in lacks:
+                ask(lambda init=init: checkpoint.initialize(method, recipe.method, init))  # type: ignore[misc]
+    elif indices is not None:
+        ask(lambda: _check_resume(recipe, newest, indices, allow_changes))
+    return said
+
+
+def _check_resume(recipe: Recipe, path: Path, indices: dict[str, Index], allow_changes: bool) -> None:
+    state = checkpoint.load(path)
+    then = state["identity"]  # ranks and device are the start's to know
+    now = identity(recipe, then["world_size"], then.get("device", "cpu"), indices, stream_version(state, path))
+    check_identity(state, path, now, allow_changes=allow_changes)

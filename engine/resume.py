@@ -123,7 +123,9 @@ def free_changes(then: Recipe, now: Recipe) -> list[str]:
     return [
         f"{key} was {before.get(key)}, is {after.get(key)}{because.get(key, '')}"
         for key in {**before, **after}
-        if before.get(key) != after.get(key) and _is_below(key, free)
+        if before.get(key) != after.get(key)
+        and _is_below(key, free)
+        and ((key in before and key in after) or key.endswith(".kind"))  # one line for an evaluation that came or went
     ]
 
 

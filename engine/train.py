@@ -597,7 +597,7 @@ class Trainer:
     def _initialize(self) -> None:
         given = set()
         for init in self.recipe.init:
-            checkpoint.initialize(self.method, init)
+            checkpoint.initialize(self.method, self.recipe.method, init)
             given |= set(init.load)
         for name, part in self.method.named_children():
             is_frozen = not any(parameter.requires_grad for parameter in part.parameters())

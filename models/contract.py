@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ class BackboneConfig(Strict):
     """Base of the backbones' `Config`s; their field `arch` tells them apart."""
 
     arch: Any
+    only_in_training: ClassVar[tuple[str, ...]] = ()
+    """Keys that say how the network learns, not what it computes."""
 
     @property
     def fusable(self) -> bool:

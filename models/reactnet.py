@@ -23,6 +23,7 @@ CHANNEL_MULTIPLES = (1, 2, 4, 4, 8, 8, 16, 16, 16, 16, 16, 16, 32, 32)
 class Config(BackboneConfig):
     """A ReActNet-A in a recipe. Stage 1 is `weights: real`, stage 2 and single stage `weights: binary`."""
 
+    only_in_training = ("estimator",)
     arch: Literal["reactnet"] = "reactnet"
     width: int = Field(default=32, ge=1)
     multiples: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=CHANNEL_MULTIPLES, min_length=2)

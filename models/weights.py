@@ -136,7 +136,7 @@ def _split(content: Any, path: Path) -> dict[str, State]:
 
 
 def load_part(module: nn.Module, state: State, *, part: str, path: Path) -> None:
-    """Load one part strictly.
+    """Load one part strictly; a module on the meta device is only compared.
 
     Raises:
         WeightsError: lists every missing and unexpected key and every shape that differs; nothing is loaded.
@@ -153,7 +153,8 @@ def load_part(module: nn.Module, state: State, *, part: str, path: Path) -> None
     ]
     if problems:
         raise WeightsError(f"{path}: part '{part}' does not fit: {'; '.join(problems)}")
-    module.load_state_dict(state)
+    if not any(value.is_meta for value in own.values()):
+        module.load_state_dict(state)
 
 
 def _by_first_name(state: Mapping[str, Tensor]) -> dict[str, State]:

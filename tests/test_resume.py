@@ -96,7 +96,7 @@ def test_evaluations_and_the_back_end_are_free(tmp_path, tree, caplog):
         trainer = trainer_of(after, resume=True)
         from engine.resume import check_identity, free_changes, identity
 
-        now = identity(other, 1, "cpu", trainer.indices)
+        now = identity(other, 1, "cpu", trainer.indices, trainer.stream_version)
         assert check_identity(state, tmp_path, now, allow_changes=False) == []
         assert any("pixels may differ by a level" in text for text in free_changes(before, other))
     finally:

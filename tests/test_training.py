@@ -614,7 +614,8 @@ def test_stage_1_hands_over_to_stage_2_and_to_linear_evaluation(tmp_path):
         if not name.startswith("teacher."):
             assert torch.equal(second[name], value), name
     assert any(not torch.equal(second[name], value) for name, value in first.items() if name.startswith("teacher."))
-    linear = trainer_of(tiny("linear.yaml", tmp_path, f"init=[{{from: {stage1.folder}, load: {{backbone: student}}}}]"))
+    init = f"init=[{{from: {stage1.folder}, load: {{backbone: student}}}}]"
+    linear = trainer_of(tiny("linear.yaml", tmp_path, init, "method.backbone.weights=real"))
     for name, value in linear.method.backbone.state_dict().items():
         assert torch.equal(first[f"student.{name}"], value)
 

@@ -52,7 +52,7 @@ def main() -> int:
     try:
         recipe = recipes.load(arguments.recipe, arguments.override)
         if arguments.dry_run:
-            print(describe(recipe))
+            print(describe(recipe, resumes=arguments.resume, allow_changes=arguments.allow_changes))
         elif arguments.benchmark:
             benchmark(recipe, arguments.benchmark, arguments.json, arguments.figure)
         else:
