@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from engine.errors import CheckpointError, NotFiniteState
 from engine.log import logger
-from engine.recipe import InitConfig
+from engine.recipe import InitConfig, Recipe
 from loaders.files import aside
-from models import weights
+from models import methods, weights
 from models.contract import BackboneConfig
 from models.methods import MethodConfig
 
@@ -150,6 +150,22 @@ def initialize(module: nn.Module, config: MethodConfig, init: InitConfig) -> Non
     content = weights.read_file(path)
     if isinstance(content, dict) and content.get("step", 0) < content.get("total_steps", 0):
         logger.warning(f"{path}: of an unfinished run, step {content['step']} of {content['total_steps']}")
+    _take(module, config, init, content, path)
+    for target, part in init.load.items():
+        logger.info(f"{target} starts from {part} of {path}")
+
+
+def would_fit(module: nn.Module, config: MethodConfig, init: InitConfig, source: Recipe) -> None:
+    """Whether the run of a recipe, which has not been made, will be a source for a method on the meta device.
+
+    Raises:
+        As `initialize`.
+    """
+    content = {"format": FORMAT, "method": methods.on_meta(source.method).state_dict(), "recipe": source.dump()}
+    _take(module, config, init, content, Path(init.source))
+
+
+def _take(module: nn.Module, config: MethodConfig, init: InitConfig, content: Any, path: Path) -> None:
     parts = weights.split(content, path)
     children = dict(module.named_children())
     for target, part in init.load.items():
@@ -163,7 +179,6 @@ def initialize(module: nn.Module, config: MethodConfig, init: InitConfig) -> Non
         is_frozen = not all(parameter.requires_grad for parameter in children[target].parameters())
         if is_frozen and target in config.networks:
             _must_be_trained_as(target, config.networks[target], trained_as(content, part), part, path)
-        logger.info(f"{target} starts from {part} of {path}")
 
 
 def trained_as(content: Any, part: str) -> dict[str, Any]:

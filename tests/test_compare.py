@@ -126,10 +126,20 @@ def test_a_table_runs_fails_in_one_row_and_continues(tmp_path):
     assert result["monitors"]["binary/sign_flips"] >= 0
     assert (tmp_path / "out/table.png").stat().st_size > 10_000 and "64.10" in (tmp_path / "out/table.md").read_text()
     # Again, without the bad row: nothing runs twice, the numbers are the same.
+    refused = compare(*arguments, "--only", "good", "--images", 64)
+    text, _ = refused.communicate(timeout=PATIENCE)
+    assert refused.returncode == 2 and "run.duration was 2it, is 4it" in text, text
     again = compare(*arguments, "--only", "good")
     text, _ = again.communicate(timeout=PATIENCE)
     assert again.returncode == 0 and "(1 of 3)" not in text, text
     assert json.loads((tmp_path / "out/table.json").read_text())["rows"]["good"]["runs"] == [result]
+    # A call for another row adds it; one that fails takes nothing away.
+    more = [*rows, {"name": "more", "stages": [quick], "overrides": few}]
+    other = compare(write(path, rows=more), *arguments[1:], "--only", "more", "bad")
+    text, _ = other.communicate(timeout=PATIENCE)
+    assert other.returncode == 1, text
+    record = json.loads((tmp_path / "out/table.json").read_text())
+    assert list(record["rows"]) == ["good", "more"] and record["rows"]["good"]["runs"] == [result]
 
 
 @pytest.mark.slow
@@ -162,7 +172,8 @@ def test_a_stopped_table_is_saved_and_continues(tmp_path):
 @pytest.mark.slow
 def test_rows_do_not_run_behind_a_teacher_that_failed(tmp_path):
     quick = ROOT / "recipes/quick"
-    rows = [{"name": "student", "stages": [str(quick / "s2bnn_step1.yaml")]}]
+    net = "method.teacher={arch: reactnet, width: 2}"
+    rows = [{"name": "student", "stages": [str(quick / "s2bnn_step1.yaml")], "overrides": [net]}]
     path = write(tmp_path / "t.yaml", rows=rows, teacher=str(quick / "moco.yaml"))
     extra = ["method.backbone={arch: reactnet, width: 2}", "schedules.lr=1e30", "run.duration=4it"]
     process = compare(path, *SYNTHETIC, *extra, "--out", tmp_path / "out")
@@ -185,3 +196,51 @@ def test_bad_arguments_are_refused(arguments, message, monkeypatch, capsys):
     assert tool("compare").main() == 2
     said = capsys.readouterr()
     assert message in said.err and said.err.count("\n") == 1 and not said.out
+
+
+def plan_of(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(sys, "argv", ["compare.py", *map(str, arguments), "--plan"])
+    assert tool("compare").main() == 0
+    return capsys.readouterr().out
+
+
+def test_another_budget_is_another_folder(tmp_path, monkeypatch, capsys):
+    path = write(tmp_path / "t.yaml")
+    plain, same = plan_of(monkeypatch, capsys, path), plan_of(monkeypatch, capsys, path, "--images", 32)
+    assert plain == same and "run.folder=runs/table_t/a/seed0" in plain
+    assert "run.folder=runs/table_t_64/a/seed0" in plan_of(monkeypatch, capsys, path, "--images", 64)
+    more = plan_of(monkeypatch, capsys, path, "--seeds", 2)  # adds to the same table
+    assert "run.folder=runs/table_t/a/seed1" in more
+
+
+QUICK = ROOT / "recipes/quick"
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        # An override that only the second stage refuses, and a part that would not fit what the first one will make.
+        (
+            {"stages": ["supervised.yaml", "s2bnn_step1.yaml"], "overrides": ["method.num_classes=4"]},
+            "method.num_classes: unknown key",
+        ),
+        ({"stages": ["burn_stage1.yaml", "wider.yaml"]}, "part 'student' does not fit"),
+        ({"stages": ["burn_stage1.yaml", "typo.yaml"]}, "has no part 'studnt'"),
+    ],
+)
+def test_every_stage_is_checked_before_the_first_starts(row, message, tmp_path, monkeypatch, capsys):
+    base, net = QUICK / "burn_stage2.yaml", "{arch: reactnet, width: 2}"
+    teacher = f"method: {{teacher: {net}, student: {{width: 2, stem_stride: 2}}}}\ninit: []\n"
+    (tmp_path / "burn_stage1.yaml").write_text(f"base: {QUICK / 'burn_stage1.yaml'}\nname: one\n{teacher}")
+    for name, more, part in (("wider", "width: 4", "student"), ("typo", "width: 2", "studnt")):
+        (tmp_path / f"{name}.yaml").write_text(
+            f"base: {base}\nmethod: {{teacher: {net}, student: {{{more}, stem_stride: 2}}}}\n"
+            f"init: [{{from: runs/one, load: {{student: {part}}}}}]\n"
+        )
+    stages = [str(tmp_path / s if (tmp_path / s).exists() else QUICK / s) for s in row["stages"]]
+    path = write(tmp_path / "t.yaml", rows=[{**row, "name": "A", "stages": stages}])
+    monkeypatch.setattr(sys, "argv", ["compare.py", str(path), *SYNTHETIC, "--out", str(tmp_path / "out")])
+    assert tool("compare").main() == 2
+    said = capsys.readouterr()
+    assert message in said.err and said.err.count("\n") == 1 and not said.out
+    assert not (tmp_path / "out").exists()

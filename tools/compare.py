@@ -27,11 +27,10 @@ import torch
 
 from engine.errors import KNOWN, RecipeError, Stopped
 from engine.log import duration
-from engine.preflight import missing
 from engine.provenance import environment
 from engine.recipe import Recipe
 from engine.results import figures, runs, scores, table
-from engine.results.chain import Chain, Run
+from engine.results.chain import Chain, Run, check
 from engine.results.scores import Entry, Outcome
 
 TRAIN = str(_root.ROOT / "tools" / "train.py")
@@ -169,7 +168,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", type=Path, help="a file of recipes/tables/")
     parser.add_argument("override", nargs="*", help="section.key=value, changes every recipe of the table")
-    parser.add_argument("--out", type=Path, help="folder of all runs and of the table (runs/table_<name>)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="folder of all runs and of the table (runs/table_<name>, with another budget runs/table_<name>_<images>)",
+    )
     parser.add_argument("--seeds", type=int, help="instead of the table's number")
     parser.add_argument("--images", type=int, help="images of each row, instead of the table's")
     parser.add_argument("--only", nargs="+", metavar="ROW", help="only these rows")
@@ -196,7 +199,9 @@ def main() -> int:
             if name not in names:
                 raise RecipeError(f"--only: no row {name!r}, expected some of {', '.join(map(repr, names))}")
         rows = [row for row in spec.rows if not arguments.only or row.name in arguments.only]
-        out = arguments.out or Path("runs") / f"table_{arguments.table.stem}"
+        # Another budget is another table.
+        budget = f"_{spec.images}" if spec.images != table.load(arguments.table).images else ""
+        out = arguments.out or Path("runs") / f"table_{arguments.table.stem}{budget}"
         extra = list(arguments.override)
         chains = [
             table.chain(spec, row, seed, arguments.table, out, extra)
@@ -210,11 +215,7 @@ def main() -> int:
         if arguments.plan:
             print(plan(chains, launcher))
             return 0
-        for run in (run for chain in chains for run in chain.runs):
-            if problems := [
-                p for p in missing(run.recipe()) if not p.key.startswith("init.") or str(out) not in p.text
-            ]:
-                raise RecipeError(f"{run.path}: {'; '.join(map(str, problems))}")
+        check(chain for chain in chains if chain.seed == 0)  # the others differ in their seed alone
     except KNOWN as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -228,36 +229,52 @@ def main() -> int:
             print(f"failed: {failure}", file=sys.stderr)
         print("stopped; what ran is saved, start this command again to continue", file=sys.stderr)
         return 1 if pool.failures else Stopped.exit_code
-    done = [row for row in rows if (row.name, 0) in pool.results]
-    if done:
-        write(spec, done, pool.results, out)
+    results = {**before(spec, arguments.table, out, extra), **pool.results}
+    if any(name != "teacher" for name, _ in results):
+        write(spec, results, out)
     for failure in pool.failures:
         print(f"failed: {failure}", file=sys.stderr)
     return 1 if pool.failures else 0
 
 
-def write(spec: table.Table, rows: list[table.Row], results: dict[tuple[str, int], Outcome], out: Path) -> None:
+def before(spec: table.Table, path: Path, out: Path, extra: list[str]) -> dict[tuple[str, int], Outcome]:
+    """What is done of all rows and seeds, by this call or an earlier one of the same settings: tables never shrink."""
+    found = {}
+    for row in spec.rows:
+        seeds = (place.name.removeprefix("seed") for place in (out / table.slug(row.name)).glob("seed*"))
+        for seed in sorted(int(seed) for seed in seeds if seed.isdigit()):
+            chain = table.chain(spec, row, seed, path, out, extra)
+            if all(run.is_done() for run in chain.runs):
+                found[row.name, seed] = chain.outcome()
+    teacher = table.teacher_chain(spec, path, out, extra)
+    if teacher and all(run.is_done() for run in teacher.runs):
+        found["teacher", 0] = teacher.outcome()
+    return found
+
+
+def write(spec: table.Table, results: dict[tuple[str, int], Outcome], out: Path) -> None:
     """Write the table as Markdown, JSON and a figure, and print it."""
     entries = [
-        Entry(row.name, row.paper, row.ablation, [r for (name, _), r in results.items() if name == row.name])
-        for row in rows
+        Entry(row.name, row.paper, row.ablation, [results[key] for key in sorted(results) if key[0] == row.name])
+        for row in spec.rows
     ]
+    entries = [entry for entry in entries if entry.outcomes]
     if ("teacher", 0) in results:
         entries.append(Entry("its teacher (floating point)", None, True, [results["teacher", 0]]))
-    text = scores.comparison(entries)
+    text, seeds = scores.comparison(entries), max(len(entry.outcomes) for entry in entries)
     heading = (
-        f"# {spec.title}\n\n{spec.images:,} training images per row, {spec.seeds} seed(s), mean ± standard deviation.\n"
+        f"# {spec.title}\n\n{spec.images:,} training images per row, {seeds} seed(s), mean ± standard deviation.\n"
     )
     (out / "table.md").write_text(f"{heading}\n{text}\n\n![figure](table.png)\n", encoding="utf-8")
     record = {
         "title": spec.title,
         "images": spec.images,
-        "seeds": spec.seeds,
+        "seeds": seeds,
         "rows": {entry.name: {"paper": entry.paper, "runs": list(map(asdict, entry.outcomes))} for entry in entries},
         "environment": environment(),
     }
     runs.write_json(record, out / "table.json")
-    curves = {row.name: _stages(row, out) for row in rows}
+    curves = {row.name: _stages(row, out) for row in spec.rows if (row.name, 0) in results}
     figures.draw_comparison(out / "table.png", spec.title, entries, curves)
     print(f"\n{text}\n\n{out / 'table.md'}, {out / 'table.json'} and {out / 'table.png'}")
 

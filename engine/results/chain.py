@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from engine import checkpoint
 from engine import recipe as recipes
+from engine.errors import KNOWN, RecipeError, first_line
+from engine.preflight import missing, refused
 from engine.recipe import Recipe
 from engine.results.runs import final, metrics
 from engine.results.scores import Outcome
@@ -69,6 +71,29 @@ class Chain(NamedTuple):
             monitors={name: value for name, value in last[-1].items() if "/" in name},
             recipes=[recipe.hash for recipe in (*pretraining, probe)],
         )
+
+
+def check(chains: Iterable[Chain]) -> None:
+    """See that every run of these chains would start, before the first does.
+
+    Raises:
+        RecipeError: names the row, the recipe and all that is missing or would be refused.
+    """
+    runs = [(chain, run, run.recipe()) for chain in chains for run in chain.runs]
+    planned = {str(recipe.folder): recipe for _, _, recipe in runs}
+    for chain, run, recipe in runs:
+        lacking = {problem.key: str(problem) for problem in missing(recipe, resumes=True)}
+        said = refused(recipe, resumes=True)
+        for number, init in enumerate(recipe.init):
+            key, source = f"init.{number}.from", planned.get(init.source)
+            if source is not None and key in lacking:
+                del lacking[key]
+                try:
+                    checkpoint.would_fit(methods.on_meta(recipe.method), recipe.method, init, source)
+                except KNOWN as error:
+                    said.append(first_line(error))
+        if wrong := [*lacking.values(), *said]:
+            raise RecipeError(f"{chain.name}: {run.path}: {'; '.join(wrong)}")
 
 
 def probe_of(recipe: Recipe, probe: Recipe, *, layer: Literal["features", "pooled"]) -> list[str]:
