@@ -209,7 +209,7 @@ def training(plan: Plan, keep: Keep, work: Path) -> None:
     started = time.monotonic()
     log = work / "training.log"
     with open(log, "w") as out:  # a pipe that nobody reads would stop it
-        process = subprocess.Popen(command, cwd=ROOT, stderr=out)
+        process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT)
     while process.poll() is None and not rows():
         time.sleep(0.05)
     found: dict[str, Any] = {"first_row_after_s": time.monotonic() - started}

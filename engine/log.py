@@ -11,6 +11,7 @@ import logging
 import resource
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -25,11 +26,19 @@ logger = logging.getLogger("burn")
 
 TIMING = ("images_per_second", "data_wait", "memory_gib", "eta_seconds", "seconds")
 """Keys of a metrics row that differ between two equal runs."""
+SHOWN = ("features/rank", "outputs/information", "binary/sign_flips")
+"""Monitors that people see on the terminal; all of them are in `metrics.jsonl` and TensorBoard."""
+CONSTANT = ("measured", "online")
+"""What makes no curve."""
 
 
-def to_console(is_main: bool) -> None:
-    """Show log lines of rank 0, warnings of the others, on standard error."""
-    logging.basicConfig(format="%(message)s", stream=sys.stderr, force=True)
+def to_console(is_main: bool, *, progress: TextIO | None = None) -> None:
+    """Show warnings of all ranks on standard error and log lines of rank 0 on `progress`, which by default is standard
+    output, so that a log file has them."""
+    lines, warnings = logging.StreamHandler(progress or sys.stdout), logging.StreamHandler(sys.stderr)
+    lines.addFilter(lambda record: record.levelno < logging.WARNING)
+    warnings.setLevel(logging.WARNING)
+    logging.basicConfig(format="%(message)s", handlers=[lines, warnings], force=True)
     logger.setLevel(logging.INFO if is_main else logging.WARNING)
 
 
@@ -136,13 +145,25 @@ class RunLog:
         folder: the run folder.
         rows: where its rows go, one line of JSON each.
         step: the run continues after this one.
+        recipe: the text that TensorBoard shows.
+        schedules: names of the scheduled scalars, a group of their own there.
     """
 
-    def __init__(self, folder: Path, rows: TextIO, horizon: Horizon, step: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        rows: TextIO,
+        horizon: Horizon,
+        step: int,
+        *,
+        recipe: str = "",
+        schedules: Iterable[str] = (),
+    ) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.horizon, self._rows = horizon, rows
+        self.horizon, self._rows, self._schedules = horizon, rows, frozenset(schedules)
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+        self._board.add_text("recipe", "".join(f"    {line}\n" for line in recipe.splitlines()), step)
         self._bar = tqdm(
             total=horizon.total_steps, initial=step, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty()
         )
@@ -159,22 +180,29 @@ class RunLog:
             "images": step * self.horizon.batch_size,
         }
         kind = {"evaluation": evaluation} if evaluation else {}
-        prefix = f"{evaluation}/" if evaluation else ""
         try:
             self._rows.write(json.dumps({**fixed, **kind, **scalars}) + "\n")
             self._rows.flush()
             for name, scalar in scalars.items():
-                if isinstance(scalar, int | float):
-                    self._board.add_scalar(prefix + name, scalar, step)
+                if isinstance(scalar, int | float) and name not in CONSTANT:
+                    self._board.add_scalar(f"{self._group(name, evaluation)}{name}", scalar, step)
         except OSError as error:  # a full disk must not cost the run
             logger.warning(f"metrics of step {step} cannot be written: {error.strerror}; training continues")
         line = _line(step, self.horizon, scalars, evaluation)
-        if self._bar.disable:
+        if self._bar.disable or not sys.stdout.isatty():
             logger.info(line)
         elif evaluation:
             self._bar.write(line)
         else:
             self._bar.set_postfix_str(line.split("  ", 2)[-1])
+
+    def _group(self, name: str, evaluation: str | None) -> str:
+        """Where TensorBoard shows a scalar; monitors name their group themselves."""
+        if evaluation:
+            return f"{evaluation}/"
+        if "/" in name:
+            return ""
+        return "speed/" if name in TIMING else "schedule/" if name in self._schedules else "train/"
 
     def close(self) -> None:
         """Flush everything."""
@@ -197,7 +225,7 @@ def _line(step: int, horizon: Horizon, scalars: dict[str, Any], evaluation: str 
             words.append(f"{scalar:.0f} img/s")
         elif name == "memory_gib":
             words.append(f"{scalar:.2f} GiB")
-        elif name != "seconds" and "/" not in name:  # monitors are for TensorBoard and the report
+        elif name in SHOWN or (name != "seconds" and name not in CONSTANT and "/" not in name):
             words.append(f"{name} {scalar:.4g}" if isinstance(scalar, int | float) else f"{name} {scalar}")
     return "  ".join(words)
 

@@ -113,6 +113,8 @@ class EvalConfig(Strict):
 
     kind: Literal["knn", "accuracy"]
     every: PositiveDuration = "10%"
+    at_start: bool = False
+    """Also before the first step: what was learned is what comes on top."""
     neighbors: int = Field(default=20, ge=1)
     temperature: float = Field(default=0.07, gt=0)
     bank: int = Field(default=50_000, ge=1)

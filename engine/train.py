@@ -336,6 +336,8 @@ class Trainer:
     def _train(self) -> None:
         recipe, horizon = self.recipe, self.horizon
         assert self.loader is not None
+        if not self._is_resumed:
+            self._due_evals = [number for number, evaluation in enumerate(recipe.evals) if evaluation.at_start]
         owed = bool(self._due_evals)
         if not self._evaluate():  # what a signal has cut
             raise shared(Stopped(f"stopped by a signal after step {self.steps_done}; continue with --resume"))
@@ -455,7 +457,9 @@ class Trainer:
         if self._is_renumbered:
             self.folder.set_aside()
         rows = self.folder.open_rows(self.steps_done * recipe.data.batch_size if self._is_resumed else None)
-        self.log = RunLog(recipe.folder, rows, self.horizon, self.steps_done)
+        self.log = RunLog(
+            recipe.folder, rows, self.horizon, self.steps_done, recipe=recipe.dump(), schedules=recipe.schedules
+        )
         logger.info(
             f"{recipe.folder}: recipe {recipe.hash}, {len(self.indices['train'])} images, {self.horizon.total_steps} "
             f"steps of {recipe.data.batch_size} = {recipe.run.duration}, {self.micro_steps} micro-steps, "

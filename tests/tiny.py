@@ -49,7 +49,7 @@ def tiny_overrides(path: Path, folder: Path) -> list[str]:
         if schedule.shape == "switch":
             overrides.append(f"schedules.{name}.milestones={json.dumps(['1it'] * len(schedule.milestones))}")
     if content.evals:
-        overrides.append("evals.0.every=3it")
+        overrides += ["evals.0.every=3it", "evals.0.at_start=false"]
     return overrides
 
 

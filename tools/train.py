@@ -11,6 +11,7 @@ or SIGUSR1 and saved, continue with --resume; 1 anything else.
 """
 
 import argparse
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -48,7 +49,9 @@ def main() -> int:
         parser.error("--figure draws what --benchmark step or train measured")
     if arguments.figure and not find_spec("matplotlib"):
         parser.error("--figure needs matplotlib: pip install matplotlib")
-    to_console(is_main=dist.environment_rank() == 0)
+    # What is asked for goes to standard output: a run's log, or else the text or table alone.
+    answers = arguments.dry_run or arguments.benchmark
+    to_console(is_main=dist.environment_rank() == 0, progress=sys.stderr if answers else sys.stdout)
     try:
         recipe = recipes.load(arguments.recipe, arguments.override)
         if arguments.dry_run:
