@@ -111,14 +111,16 @@ class RunConfig(Strict):
 class EvalConfig(Strict):
     """An evaluation during the run; its numbers are labeled online."""
 
-    kind: Literal["knn", "accuracy"]
+    kind: Literal["knn", "accuracy", "baselines"]
+    """`baselines`: what a logistic regression makes of raw pixels, of the same network at random and of the network,
+    and k-NN of raw pixels."""
     every: PositiveDuration = "10%"
     at_start: bool = False
     """Also before the first step: what was learned is what comes on top."""
     neighbors: int = Field(default=20, ge=1)
     temperature: float = Field(default=0.07, gt=0)
     bank: int = Field(default=50_000, ge=1)
-    """k-NN: at most this many training images, evenly spaced over the index."""
+    """k-NN, baselines: at most this many training images, evenly spaced over the index."""
     train: str | None = None
     """Labeled images that it learns from, in any form that `data.train` has; by default `data.train` itself."""
     val: str | None = None

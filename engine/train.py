@@ -441,7 +441,7 @@ class Trainer:
             config = self.recipe.evals[self._due_evals[0]]
             with torch.compiler.set_stance("force_eager"):
                 sets = sets_of(self.recipe, self._due_evals[0], self.indices)
-                scores = evals.run(config, self.method, self.recipe.data, sets, self.world)
+                scores = evals.run(config, self.method, self.recipe, sets, self.world)
             if scores is None:
                 return False
             if self.log:

@@ -389,7 +389,7 @@ def evaluated(folder):
         for buffer in trainer.method.buffers():
             if buffer.is_floating_point():
                 buffer += 1  # statistics of ranks differ; rank 0's count
-    scores = evals.run(recipe.evals[0], trainer.method, recipe.data, trainer.indices, world)
+    scores = evals.run(recipe.evals[0], trainer.method, recipe, trainer.indices, world)
     if world.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{world.world_size}.json").write_text(json.dumps(scores))
@@ -416,7 +416,7 @@ def test_knn_takes_the_recipes_neighbors_temperature_and_bank(tmp_path, monkeypa
 
     monkeypatch.setattr(evals, "knn", spy)
     trainer = trainer_of(recipe)
-    evals.run(recipe.evals[0], trainer.method, recipe.data, trainer.indices, trainer.world)
+    evals.run(recipe.evals[0], trainer.method, recipe, trainer.indices, trainer.world)
     assert asked == [(7, 4, 3, 0.5)]
 
 

@@ -111,6 +111,11 @@ class Method(nn.Module):
         """Images [B, 3, H, W] to class scores [B, classes]; only where the config has `classes`."""
         raise NotImplementedError
 
+    def features(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] to the features [B, D] that a classifier of this method, or put on it, sees."""
+        features: Tensor = self.evaluated(images)
+        return features
+
     @property
     def evaluated(self) -> nn.Module:
         """The network that is evaluated and exported: images [B, 3, H, W] to features [B, D]."""

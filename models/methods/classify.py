@@ -31,6 +31,11 @@ class Config(MethodConfig):
     the classifier alone, on the pooled map below `fc`, comparable with S2-BNN's probe. A number measured
     with one protocol must not be compared with another's."""
 
+    standardize: bool = False
+    """`linear`, `pre-fc`: features go through a BatchNorm without scale and shift before the classifier, as in MAE's
+    linear probing (He et al. 2022, appendix A.1). One learning rate then serves networks whose features differ in scale
+    by powers of ten, as those of small binary networks do."""
+
     teacher: backbones.Config | None = None
     """A frozen, trained network with classifier whose answers at temperature 1 replace the labels."""
 
@@ -38,6 +43,12 @@ class Config(MethodConfig):
     def _teaches_all(self) -> Config:
         if self.teacher is not None and self.trains != "all":
             raise ValueError(f"teacher: expected with trains: all only, got trains: {self.trains}")
+        return self
+
+    @model_validator(mode="after")
+    def _standardizes_what_is_frozen(self) -> Config:
+        if self.standardize and self.trains not in ("linear", "pre-fc"):
+            raise ValueError(f"standardize: expected with trains: linear or pre-fc only, got trains: {self.trains}")
         return self
 
     def build(self) -> Classify:
@@ -61,8 +72,10 @@ class Config(MethodConfig):
 
     def probing(self, network: BackboneConfig, layer: Literal["features", "pooled"]) -> MethodConfig:
         """The classifier alone trains, on the chosen layer."""
-        is_below = layer == "pooled" and network.has_fc
-        return self.model_copy(update={"backbone": network, **({"trains": "pre-fc"} if is_below else {})})
+        trains = "linear" if self.trains == "pre-fc" else self.trains
+        if layer == "pooled" and network.has_fc:
+            trains = "pre-fc"
+        return self.model_copy(update={"backbone": network, "trains": trains})
 
     @model_validator(mode="after")
     def _needs_fc(self) -> Config:
@@ -81,9 +94,12 @@ class Classify(Method):
         super().__init__()
         self.config = config
         self.backbone = config.backbone.build()
-        self.classifier = nn.Linear(self.backbone.out_channels, config.num_classes)
-        nn.init.normal_(self.classifier.weight, std=0.01)  # as BURN's linear head
-        nn.init.zeros_(self.classifier.bias)
+        linear = nn.Linear(self.backbone.out_channels, config.num_classes)
+        nn.init.normal_(linear.weight, std=0.01)  # as BURN's linear head
+        nn.init.zeros_(linear.bias)
+        self.classifier: nn.Module = linear
+        if config.standardize:
+            self.classifier = nn.Sequential(nn.BatchNorm1d(linear.in_features, affine=False), linear)
         if config.teacher is not None:
             self.teacher = backbones.frozen(config.teacher, folds=True)
             self.teacher_classifier = nn.Linear(self.teacher.out_channels, config.num_classes).requires_grad_(False)
