@@ -199,7 +199,7 @@ def _fit(features: Tensor, label: Tensor, start: Tensor, penalty: float) -> Tens
         return value
 
     with torch.enable_grad():
-        optimizer.step(loss)  # type: ignore[no-untyped-call]
+        optimizer.step(loss)
     return weight.detach()
 
 

@@ -72,7 +72,7 @@ class Config(MethodConfig):
 
     def probing(self, network: BackboneConfig, layer: Literal["features", "pooled"]) -> MethodConfig:
         """The classifier alone trains, on the chosen layer."""
-        trains = "linear" if self.trains == "pre-fc" else self.trains
+        trains: str = "linear" if self.trains == "pre-fc" else self.trains
         if layer == "pooled" and network.has_fc:
             trains = "pre-fc"
         return self.model_copy(update={"backbone": network, "trains": trains})
