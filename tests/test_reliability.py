@@ -214,7 +214,7 @@ def test_torchrun_trains_stops_and_resumes(tmp_path):
     assert stopped < last_state(recipe)["step"] < 90
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
-    assert "2 x cpu" in done.stdout and "resumed" in done.stdout and "step 90/90" in done.stdout
+    assert "2 x cpu" in done.stdout and "resumed" in done.stdout and f"step {90}/90" in done.stdout
     ranks = [start_process(fit, tmp_path / "whole", more, **env) for env in rank_environment(2)]
     for process in ranks:
         process.join(PATIENCE)

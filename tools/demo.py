@@ -1,26 +1,32 @@
-"""The whole path on real images: teacher, BURN stage 1, stage 2, linear evaluation of each, and a report.
+"""The whole path on real images: teacher, BURN stage 1, stage 2, and a report.
 
     python tools/demo.py                     # scikit-learn's digits, minutes on two CPU cores
+    python tools/demo.py photos/             # your own pictures, no labels needed
 
-Started again, it continues where it left off. It runs the recipes moco, burn_stage1, burn_stage2 and linear of
-recipes/quick/, and nothing that `tools/train.py` could not run one by one. All methods side by side: tools/compare.py.
+Of the digits each network is evaluated with a linear classifier. Of pictures without labels the report shows the meters
+that need none, and what the network takes for similar; recipes are chosen from their number and size and written into
+the output's folder, to be edited: what lies there is kept. Started again, either continues where it left off. Nothing
+happens here that `tools/train.py` could not do one by one. All methods side by side: tools/compare.py.
 """
 
 import argparse
+import re
 import statistics
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import _root
 import make_images
+import numpy as np
 import torch
+import yaml
 from torch import Tensor
 
 import loaders
-from engine import evals, train
+from engine import checkpoint, evals, train
 from engine import recipe as recipes
 from engine.errors import KNOWN, Stopped
 from engine.log import duration, to_console
@@ -28,9 +34,12 @@ from engine.provenance import environment
 from engine.recipe import Recipe
 from engine.results.chain import Chain, Run, init_from, probe_of
 from engine.results.figures import pyplot
-from engine.results.runs import curve, final, write_json
+from engine.results.runs import curve, final, metrics, write_json
 from engine.results.scores import Outcome, Score, mean_std, table
+from loaders import DataError
 from loaders.augment import to_pixels
+from loaders.config import Request
+from loaders.sources import open_index
 
 RECIPES = _root.ROOT / "recipes" / "quick"
 NEIGHBORS, TEMPERATURE = 20, 0.07
@@ -128,16 +137,24 @@ def sample_views(recipe: Recipe, count: int = 12) -> list[Tensor]:
 
 
 def draw(
-    out: Path, title: str, teacher: Path, stages: dict[str, Path], scores: Sequence[Score], views: list[Tensor]
+    out: Path,
+    title: str,
+    teacher: Path,
+    stages: dict[str, Path],
+    views: list[Tensor],
+    *,
+    scores: Sequence[Score] = (),
+    similar: Tensor | None = None,
 ) -> None:
-    """Draw loss, terms, collapse meters, balance, k-NN, monitors, views and the final scores.
+    """Draw loss, terms, collapse meters, balance, monitors, views; k-NN and the final scores, or what needs no labels.
 
     Args:
         out: PNG file.
         teacher: run folder of the teacher's pre-training.
         stages: name -> run folder of the BURN stages in order.
-        scores: bars of the last panel.
         views: two tensors uint8 [N, size, size, 3], the two views of N images.
+        scores: bars of the last panel.
+        similar: instead of scores, uint8 [Q, 1 + K, size, size, 3]: images, each with the K most similar ones.
     """
     plt = pyplot()
     figure = plt.figure(figsize=(19, 8.5), layout="constrained")
@@ -180,11 +197,17 @@ def draw(
     along(panels[3], "target_entropy_of_mean", "entropy of the mean", "tab:brown")
     panels[3].set(xlabel="epoch", ylabel="nats", ylim=(0, None))
     panels[3].set_title("targets: collapsed if both reach 0", pad=16)
-    along(panels[4], "top1", "student", "tab:blue", "knn")
-    panels[4].axhline(final(teacher, "knn"), color="tab:gray", linestyle="--", label="teacher")
-    panels[4].set(xlabel="epoch", ylabel="top-1 %")
+    if scores:
+        along(panels[4], "top1", "student", "tab:blue", "knn")
+        panels[4].axhline(final(teacher, "knn"), color="tab:gray", linestyle="--", label="teacher")
+        panels[4].set(xlabel="epoch", ylabel="top-1 %")
+        panels[4].set_title("online k-NN accuracy", pad=16)
+    else:
+        along(panels[4], "features/rank", "student", "tab:blue")
+        panels[4].axhline(curve(teacher, "features/rank")[1][-1], color="tab:gray", linestyle="--", label="teacher")
+        panels[4].set(xlabel="epoch", ylabel="effective rank", ylim=(0, None))
+        panels[4].set_title("features: collapsed if near 1", pad=16)
     panels[4].margins(y=0.08)
-    panels[4].set_title("online k-NN accuracy", pad=16)
     for name, label, color in (
         ("binary/sign_flips", "signs flipped since the last log", "tab:blue"),
         ("binary/dead_channels", "dead channels", "tab:red"),
@@ -204,30 +227,47 @@ def draw(
     panels[5].set_title("the student's two views (rows 1-2, 3-4: same images)", fontsize=10)
     panels[5].axis("off")
 
-    bars = panels[6]
+    if similar is not None:
+        rows_of_images = [torch.cat(list(row), dim=1) for row in similar]
+        panels[6].imshow(torch.cat(rows_of_images).numpy(), interpolation="nearest")
+        panels[6].set_title("most similar to the first of each row", fontsize=10)
+        panels[6].axis("off")
+    else:
+        _draw_scores(panels[6], scores)
+    figure.savefig(out, dpi=100)
+    plt.close(figure)
+
+
+def _draw_scores(bars: Any, scores: Sequence[Score]) -> None:
     names = [score.name for score in scores][::-1]
     means = [statistics.fmean(score.values) for score in scores][::-1]
     errors = [statistics.stdev(s.values) if len(s.values) > 1 else 0 for s in scores][::-1]
     drawn = bars.barh(names, means, xerr=errors if any(errors) else None, color="tab:blue")
     bars.bar_label(drawn, labels=[str(score) for score in scores][::-1], padding=-36, color="white", fontsize=9)
     bars.set(title="linear top-1 % on held-out images", xlim=(0, 100))
-    figure.savefig(out, dpi=100)
-    plt.close(figure)
 
 
 def main() -> int:
-    """Run the chain for every seed and write the report."""
+    """Run the chains of the digits, or of somebody's pictures, and write the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=1, help="how many seeds, from 0")
-    parser.add_argument("--out", type=Path, default=Path("runs/demo_digits"), help="folder of runs and report")
-    parser.add_argument("--json", type=Path, help="also write the numbers here")
+    parser.add_argument("pictures", type=Path, nargs="?", help="anything that data.train takes; labels are not used")
+    parser.add_argument("--out", type=Path, help="folder of runs and report (runs/demo_digits, runs/<pictures>)")
+    parser.add_argument("--images", type=int, help="pictures: training images of each of the three runs")
+    parser.add_argument("--plan", action="store_true", help="pictures: write the recipes and train nothing")
+    parser.add_argument("--seeds", type=int, default=1, help="digits: how many seeds, from 0 (%(default)s)")
+    parser.add_argument("--json", type=Path, help="digits: also write the numbers here")
     arguments = parser.parse_args()
-    if arguments.seeds < 1:
-        parser.error(f"--seeds: expected at least 1, got {arguments.seeds}")
+    for name in ("seeds", "images"):
+        if (given := getattr(arguments, name)) is not None and given < 1:
+            parser.error(f"--{name}: expected at least 1, got {given}")
     to_console(is_main=True)
-    make_images.make("digits", Path("data/digits"))
     try:
-        run_demo(arguments.out, arguments.seeds, arguments.json)
+        if arguments.pictures is None:
+            make_images.make("digits", Path("data/digits"))
+            run_demo(arguments.out or Path("runs/demo_digits"), arguments.seeds, arguments.json)
+        else:
+            out = arguments.out or Path("runs") / re.sub(r"\W+", "_", arguments.pictures.resolve().stem)
+            run_pictures(arguments.pictures, out, arguments.images, is_plan=arguments.plan)
     except KNOWN as error:
         print(
             f"{error}; start this command again" if isinstance(error, Stopped) else f"error: {error}", file=sys.stderr
@@ -258,7 +298,7 @@ def run_demo(out: Path, seeds: int, json: Path | None) -> None:
     width = stage2.method.networks["student"].model_dump()["width"]
     heading = f"BURN on scikit-learn's digits: ReActNet-A x{width / 32:g}, {seeds} seed(s)"
     figure = out / "report.png"
-    draw(figure, heading, teacher.folder, folders, scores, sample_views(stage2))
+    draw(figure, heading, teacher.folder, folders, sample_views(stage2), scores=scores)
     text = table(scores)
     gain = [of_seed["stage 2"].linear - of_seed["random"].linear for of_seed in outcomes]
     closing = f"BURN stage 2 is {mean_std(gain)} points above the same network at random initialization."
@@ -283,6 +323,202 @@ def run_demo(out: Path, seeds: int, json: Path | None) -> None:
         }
         write_json(record, json)
     print(f"\n{text}\n\n{closing}\nreport: {out / 'report.md'} and {figure}, {elapsed}")
+
+
+# ------------------------------------------------------------------------------------------------ pictures
+
+SIDES = (32, 64, 96, 128, 160, 192, 224)
+"""Of views in pixels, that a network whose stem halves them takes."""
+SHOWN = (6, 7)
+"""Pictures of the report, and how many similar ones stand beside each."""
+
+
+class Choice(NamedTuple):
+    """What is chosen for a set of pictures."""
+
+    side: int
+    """Of the views in pixels."""
+    width: int
+    """Of the networks: channels of the first layer; ReActNet-A has 32."""
+    batch: int
+    duration: str
+    """Of each of the three runs."""
+    queue: int
+    """Keys that the teacher's contrast looks back on."""
+
+
+def choose(count: int, shorter_side: int, *, on_gpu: bool, images: int | None) -> Choice:
+    """Choose sizes that give a result in minutes on a CPU, in an hour or two on a GPU.
+
+    Args:
+        count: pictures.
+        shorter_side: median of theirs, in pixels.
+        images: training images of each run; by default 20,000 on a CPU and 2 million on a GPU, at most 100 of each.
+    """
+    side = max((s for s in SIDES if s <= min(shorter_side, 224 if on_gpu else 64)), default=SIDES[0])
+    width = 8 if not on_gpu else 16 if count < 50_000 else 32
+    batch = min(256 if on_gpu else 64, 1 << (count // 2).bit_length() - 1)
+    budget = images or min(2_000_000 if on_gpu else 20_000, 100 * count)
+    queue = max(min(4096 if on_gpu else 1024, count // 2) // batch, 1) * batch
+    return Choice(side, width, batch, f"{max(budget // batch, 1)}it", queue)
+
+
+def recipes_of(pictures: Path, out: Path, choice: Choice) -> dict[str, dict[str, Any]]:
+    """Recipes of teacher, stage 1 and stage 2, as YAML has them."""
+    base = _root.ROOT / "recipes" / "base"
+    teacher = {
+        "arch": "reactnet", "width": choice.width, "stem_stride": 2, "weights": "real", "activations": "real",
+        "pooled_mlp": False,
+    }  # fmt: skip
+    view = {"size": choice.side, "scale": [0.2, 1.0], "repeat": 2}
+    if choice.side < 128:
+        view["blur_sigma"] = [0.1, 1.0]  # a blur for 224 pixels leaves nothing of so few
+    data = {
+        "train": str(pictures.resolve()),
+        "labels": "none",
+        "on_bad_image": "replace",
+        "batch_size": choice.batch,
+        "micro_batch": choice.batch,
+        "eval_view": {"crop": "center", "size": choice.side, "resize": choice.side},
+    }
+    run = {"duration": choice.duration, "folder": str(out), "amp": "auto", "log_every": "2%", "save_every": "20%"}
+    of_teacher = {"from": str(out / "teacher"), "load": {"teacher": "backbone"}}
+    return {
+        "teacher": {
+            "base": str(base / "small_moco.yaml"),
+            "name": "teacher",
+            "method": {"backbone": teacher, "queue_size": choice.queue},
+            "data": {**data, "views": [{"preset": "moco_v2", **view}]},
+            "schedules": {"lr": {"warmup": "5%"}},
+            "run": run,
+        },
+        "stage1": {
+            "base": str(base / "small_burn.yaml"),
+            "name": "stage1",
+            "method": {"student": {"width": choice.width}, "teacher": teacher, "target_gradient": "none"},
+            "data": {**data, "views": [{"preset": "burn", **view}]},
+            "schedules": {"lr": {"shape": "cosine", "start": 0.02, "warmup": "5%", "warmup_ratio": 1e-4}},
+            "run": run,
+            "init": [of_teacher],
+        },
+        "stage2": {
+            "base": "stage1.yaml",
+            "name": "stage2",
+            "method": {"student": {"weights": "binary"}},
+            "init": [
+                {"from": str(out / "stage1"), "load": ["student", "student_head", "teacher_head"]},
+                of_teacher,
+            ],
+        },
+    }
+
+
+def run_pictures(pictures: Path, out: Path, images: int | None, *, is_plan: bool) -> None:
+    """Write recipes for a set of pictures, run what is left of them, and write `report.md` and `report.png`.
+
+    Raises:
+        DataError: there are too few pictures, or none that can be read.
+    """
+    index = open_index(pictures, Request(100_000_000, "none", asks_labels=False))
+    sound = np.array([row for row in range(0, len(index), -(-len(index) // 100_000)) if row not in index.problems])
+    if len(sound) < LEAST:
+        raise DataError(f"{pictures}: {len(sound)} images that can be used; expected at least {LEAST}")
+    shorter = int(np.median(np.minimum(index.width[sound], index.height[sound])))
+    choice = choose(len(index), shorter, on_gpu=torch.cuda.is_available(), images=images)
+    print(f"{pictures}: {len(index):,} images, {len(index.problems)} unusable, shorter side {shorter} pixels (median)")
+    print(f"chosen: views of {choice.side} pixels, networks of width {choice.width} (ReActNet-A has 32), batches of "
+          f"{choice.batch}, three runs of {choice.duration}")  # fmt: skip
+    folder = out / "recipes"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in recipes_of(pictures, out, choice).items():
+        path = folder / f"{name}.yaml"
+        if path.exists():
+            print(f"{path}: kept as it is")
+            continue
+        path.write_text(f"# python tools/train.py {path}\n{yaml.safe_dump(content, sort_keys=False)}", encoding="utf-8")
+        print(f"\n{path.read_text(encoding='utf-8')}", end="")
+    if is_plan:
+        return
+    started = time.perf_counter()
+    done = []
+    for number, name in enumerate(("teacher", "stage1", "stage2"), 1):
+        recipe = recipes.load(folder / f"{name}.yaml")
+        print(f"\n=== {number} of 3: {name} ({recipe.folder})", flush=True)
+        if not Run(folder / f"{name}.yaml", []).is_done():
+            train.run(recipe, resume=True)
+        done.append(recipe)
+    teacher, stage1, stage2 = done
+    title = f"BURN on {len(index):,} pictures of {pictures}: ReActNet-A x{choice.width / 32:g} at {choice.side} pixels"
+    stages = {"stage 1": stage1.folder, "stage 2": stage2.folder}
+    draw(out / "report.png", title, teacher.folder, stages, sample_views(stage2), similar=similar_images(stage2))
+    (out / "report.md").write_text(report_of(title, pictures, done), encoding="utf-8")
+    elapsed = duration(time.perf_counter() - started)
+    print(f"\nreport: {out / 'report.md'} and {out / 'report.png'}; network: {stage2.folder}; {elapsed} in this call")
+
+
+LEAST = 16
+"""Pictures that something can be learned from at all."""
+
+
+def similar_images(recipe: Recipe) -> Tensor:
+    """Some images of a run's data set, each with those whose features are nearest by cosine: uint8
+    [Q, 1 + K, size, size, 3]."""
+    data = recipe.data
+    index = loaders.open_data(data, "train")
+    rows = np.linspace(0, len(index), min(len(index), 2000), endpoint=False).astype(np.int64).tolist()
+    path, _ = checkpoint.latest(recipe.folder / "checkpoints")
+    assert path is not None  # it has just been written
+    method = recipe.method.build()
+    method.load_state_dict(checkpoint.load(path)["method"])
+    method.eval()
+    loader = loaders.open_eval(data, index, rows=rows)
+    features, pixels = [], []
+    with torch.no_grad():
+        for batch in loader:
+            if len(batch.rows):
+                features.append(torch.nn.functional.normalize(method.evaluated(batch.views[0]).float(), dim=1))
+                pixels.append(to_pixels(batch.views[0], data.mean, data.std))
+    loader.close()
+    feature, pixel = torch.cat(features), torch.cat(pixels)
+    queries = torch.linspace(0, len(feature) - 1, min(SHOWN[0], len(feature))).long()
+    likeness = feature[queries] @ feature.T
+    likeness[torch.arange(len(queries)), queries] = 2.0  # each is most similar to itself
+    return pixel[likeness.topk(min(1 + SHOWN[1], len(feature)), dim=1).indices]
+
+
+def report_of(title: str, pictures: Path, done: list[Recipe]) -> str:
+    """The page: meters of the last rows of all runs, and how to go on."""
+    last = [[row for row in metrics(recipe.folder) if "loss" in row][-1] for recipe in done]
+    names = [name for name in dict.fromkeys(name for row in last for name in row) if name in METERS]
+    lines = [
+        f"| `{name}` | {' | '.join(f'{row[name]:.4g}' if name in row else '' for row in last)} | {METERS[name]} |"
+        for name in names
+    ]
+    stage2 = done[2]
+    return "\n".join(
+        [
+            f"# {title}", "", "![curves, views, similar images](report.png)", "",
+            "| meter, at the end | teacher | stage 1 | stage 2 | healthy |", "|---|---|---|---|---|", *lines, "",
+            "What each meter means, and what to do where it is not healthy: docs/meters.md. A loss that falls shows "
+            "nothing by itself: look at the rows of similar images.", "",
+            "To go on:", "",
+            f"- train longer, wider or larger: edit `{stage2.run.folder}/recipes/*.yaml` and give the runs new names;",
+            "- with some labeled images, see what the features are worth: "
+            "`evals=[{kind: knn, train: labeled/train, val: labeled/val}]`;",
+            f"- the network: `{stage2.folder}/checkpoints`.",
+        ]
+    ) + "\n"  # fmt: skip
+
+
+METERS = {
+    "loss": "falls, then flattens",
+    "target_information": "well above 0: targets differ between images",
+    "outputs/information": "well above 0: answers differ between images",
+    "features/rank": "well above 1",
+    "binary/sign_flips": "falls towards 0",
+    "binary/dead_channels": "below 0.5",
+    "binary/saturated_channels": "near 0",
+}
 
 
 if __name__ == "__main__":
