@@ -1,21 +1,33 @@
-"""Write a small public data set as ImageFolder trees of JPEG files, <out>/train/<class> and <out>/val/<class>.
+"""Write a public data set as ImageFolder trees, <out>/train/<class> and <out>/val/<class>, complete or not at all.
 
     python tools/make_images.py digits data/digits
     python tools/make_images.py fashion_mnist data/fashion_mnist
+    python tools/make_images.py imagenette data/imagenette --source imagenette2-160.tgz
+    python tools/make_images.py cifar10 data/cifar10 --source cifar-10-binary.tar.gz
     python tools/make_images.py photos data/photos --limit 2000
 
 `digits` is scikit-learn's (1,797 images of 8x8, in its wheel, no network). `fashion_mnist` is read from Debian's
-package dataset-fashion-mnist, or from a folder with its four idx files (--source). `photos` is for measuring loaders:
-pictures of ImageNet's sizes, detail and JPEG variants (about 480x400 pixels, 100 KB), mixed by a seeded generator
-from the two photographs in scikit-learn's wheel and noise; their classes mean nothing.
+package dataset-fashion-mnist, or from a folder with its four idx files. `imagenette` reads fast.ai's imagenette2.tgz,
+imagenette2-320.tgz or imagenette2-160.tgz (9,469 + 3,925 photographs) and makes the shorter side 128 pixels, JPEG of
+quality 90. `cifar10` reads cifar-10-binary.tar.gz or cifar-10-python.tar.gz (50,000 + 10,000) and writes JPEG of
+quality 95 with full color resolution, which every loader reads; --png keeps the exact pixels, for the loaders `folder`
+and `dali`. `photos` is for measuring loaders: pictures of ImageNet's sizes, detail and JPEG variants (about 480x400
+pixels, 100 KB), mixed by a seeded generator from the two photographs in scikit-learn's wheel and noise; their classes
+mean nothing.
 """
 
 import argparse
 import gzip
+import io
+import pickle
+import re
 import sys
-from collections.abc import Iterator
+import tarfile
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import _root  # noqa: F401
 import numpy as np
@@ -23,56 +35,202 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFile
 from tqdm import tqdm
 
+from engine.errors import first_line
+from loaders import DataError
 from loaders.files import aside
 
 DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")
 FASHION_CLASSES = "tshirt trouser pullover dress coat sandal shirt sneaker bag boot".split()
-Split = tuple[str, NDArray[np.uint8], NDArray[np.int64], list[str]]
+CIFAR_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
+CIFAR_FILES = [("train", f"data_batch_{number}") for number in range(1, 6)] + [("val", "test_batch")]
+CIFAR_MOST = 40_000_000
+"""Bytes of a file of CIFAR-10; the true ones have 31 million."""
+CLASSES = 10
+"""Of every set here."""
+SHORTER_SIDE = 128
+IMAGENETTE_URL = "https://s3.amazonaws.com/fast-ai-imageclas/imagenette2-160.tgz"
+CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
+USUAL: dict[str, Any] = {"format": "JPEG", "quality": 95}
 
 
-def digits() -> Iterator[Split]:
+class Picture(NamedTuple):
+    """One image of a data set."""
+
+    split: str
+    label: str
+    """The class's name."""
+    image: Image.Image
+    options: dict[str, Any]
+    """How to save it."""
+
+
+# ------------------------------------------------------------------------------------------------ small sets
+
+
+def digits() -> Iterator[Picture]:
     """Every fifth image of each class goes to validation; pixels of 0..16 become 0..255, 8x8 becomes 32x32."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
-    images = np.round(data.images * (255 / 16)).astype(np.uint8)
-    images = np.stack([np.array(Image.fromarray(i).resize((32, 32), Image.Resampling.BICUBIC)) for i in images])
-    place = np.zeros(len(images), dtype=np.int64)
-    for label in range(10):
-        rows = np.flatnonzero(data.target == label)
-        place[rows] = np.arange(len(rows))
-    for name, rows in (("train", place % 5 != 4), ("val", place % 5 == 4)):
-        yield name, images[rows], data.target[rows], [f"digit{label}" for label in range(10)]
+    seen: Counter[int] = Counter()
+    for pixels, label in zip(data.images, data.target.tolist(), strict=True):
+        image = Image.fromarray(np.round(pixels * (255 / 16)).astype(np.uint8))
+        split = "val" if seen[label] % 5 == 4 else "train"
+        seen[label] += 1
+        yield Picture(split, f"digit{label}", image.resize((32, 32), Image.Resampling.BICUBIC), USUAL)
 
 
-def fashion_mnist(source: Path) -> Iterator[Split]:
+def fashion_mnist(source: Path) -> Iterator[Picture]:
     """60,000 training and 10,000 test images of 28x28."""
-    for name, prefix in (("train", "train"), ("val", "t10k")):
+    for split, prefix in (("train", "train"), ("val", "t10k")):
         images = _idx(source / f"{prefix}-images-idx3-ubyte.gz", header=16).reshape(-1, 28, 28)
-        labels = _idx(source / f"{prefix}-labels-idx1-ubyte.gz", header=8).astype(np.int64)
-        yield name, images, labels, FASHION_CLASSES
+        labels = _idx(source / f"{prefix}-labels-idx1-ubyte.gz", header=8)
+        for pixels, label in zip(images, labels.tolist(), strict=True):
+            yield Picture(split, FASHION_CLASSES[label], Image.fromarray(pixels), USUAL)
 
 
 def _idx(path: Path, header: int) -> NDArray[np.uint8]:
     if not path.is_file():
-        raise SystemExit(
-            f"error: {path}: no such file; run `apt-get install dataset-fashion-mnist`, or give the folder of the "
-            "idx files with --source"
+        raise DataError(
+            f"{path}: no such file; run `apt-get install dataset-fashion-mnist`, or give the folder of the idx files "
+            "with --source"
         )
-    return np.frombuffer(gzip.decompress(path.read_bytes()), dtype=np.uint8, offset=header)
+    try:
+        return np.frombuffer(gzip.decompress(path.read_bytes()), dtype=np.uint8, offset=header)
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise DataError(f"{path}: not a whole idx file packed with gzip ({first_line(error)})") from None
 
 
-def write(splits: Iterator[Split], out: Path, limit: int | None) -> None:
-    """A tree that exists is complete."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with aside(out) as tree:
-        for split, images, labels, names in splits:
-            for name in names:
-                (tree.part / split / name).mkdir(parents=True)
-            rows = range(len(images) if limit is None else min(limit, len(images)))
-            for row in tqdm(rows, desc=f"{out.name}/{split}", unit=" images", disable=not sys.stderr.isatty()):
-                path = tree.part / split / names[labels[row]] / f"{row:05d}.jpg"
-                Image.fromarray(images[row]).save(path, quality=95)
+# ------------------------------------------------------------------------------------------------ archives
+
+
+def imagenette(source: Path) -> Iterator[Picture]:
+    """The photographs of an archive of fast.ai, the shorter side at most 128 pixels."""
+    place = re.compile(r"[^/]+/(train|val)/(n\d{8})/[^/]+\.JPEG")
+    seen = set()
+    for name, read in members(source, IMAGENETTE_URL):
+        found = place.fullmatch(name)
+        if found is None:
+            continue
+        try:
+            opened = Image.open(io.BytesIO(read()))
+            image = opened.convert("L" if opened.mode == "L" else "RGB")
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            raise DataError(f"{source}: {name}: not a readable image ({first_line(error)})") from None
+        scale = SHORTER_SIDE / min(image.size)
+        if scale < 1:
+            width, height = (round(side * scale) for side in image.size)
+            image = image.resize((width, height), Image.Resampling.LANCZOS)
+        seen.add(found.groups())
+        yield Picture(found[1], found[2], image, {"format": "JPEG", "quality": 90})
+    lacks = [split for split in ("train", "val") if sum(s == split for s, _ in seen) != CLASSES]
+    if lacks:
+        raise DataError(
+            f"{source}: expected {CLASSES} folders such as imagenette2-160/{lacks[0]}/n01440764 with .JPEG files, "
+            f"found {sum(s == lacks[0] for s, _ in seen)}; get {IMAGENETTE_URL}"
+        )
+
+
+def cifar10(source: Path, png: bool) -> Iterator[Picture]:
+    """The images of an official archive, binary or pickled."""
+    options = {"format": "PNG"} if png else {**USUAL, "subsampling": 0}
+    splits = {name: split for split, name in CIFAR_FILES}
+    seen = set()
+    for name, read in members(source, CIFAR_URL):
+        last = name.rsplit("/", 1)[-1]
+        stem = last.removesuffix(".bin")
+        if stem not in splits:
+            continue
+        content = read(CIFAR_MOST)
+        try:
+            labels, images = _records(content) if last.endswith(".bin") else _pickled(content)
+        except Exception as error:  # a pickle can raise anything
+            raise DataError(f"{source}: {name}: not a file of CIFAR-10 ({first_line(error)})") from None
+        seen.add(stem)
+        for label, pixels in zip(labels, images.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), strict=True):
+            yield Picture(splits[stem], CIFAR_CLASSES[label], Image.fromarray(pixels), options)
+    if lacks := [name for name in splits if name not in seen]:
+        raise DataError(f"{source}: no {', '.join(lacks)} in it, expected an archive of CIFAR-10; get {CIFAR_URL}")
+
+
+def _records(content: bytes) -> tuple[list[int], NDArray[np.uint8]]:
+    """One byte of label and 3,072 of pixels for each image."""
+    records = np.frombuffer(content, dtype=np.uint8)
+    if not len(records) or len(records) % 3073:
+        raise ValueError(f"{len(records)} bytes, expected a multiple of 3073")
+    records = records.reshape(-1, 3073)
+    return _checked(records[:, 0].tolist(), records[:, 1:])
+
+
+def _pickled(content: bytes) -> tuple[list[int], NDArray[np.uint8]]:
+    batch = _Arrays(io.BytesIO(content), encoding="bytes").load()
+    return _checked(batch[b"labels"], batch[b"data"])
+
+
+def _checked(labels: list[int], images: NDArray[np.uint8]) -> tuple[list[int], NDArray[np.uint8]]:
+    if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.shape != (len(labels), 3072):
+        raise ValueError("expected uint8 pixels [N, 3072] and N labels")
+    if not all(isinstance(label, int) and 0 <= label < CLASSES for label in labels):
+        raise ValueError("expected labels from 0 to 9")
+    return labels, images
+
+
+class _Arrays(pickle.Unpickler):
+    """Reads dictionaries, lists, bytes and arrays; a pickle that names anything else to call is refused."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        allowed = {
+            ("multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
+            ("numpy", "ndarray"): np.ndarray,
+            ("numpy", "dtype"): np.dtype,
+            ("_codecs", "encode"): _latin1,  # bytes, as Python 3 writes them for Python 2
+        }
+        try:
+            return allowed[module.removeprefix("numpy.core.").removeprefix("numpy._core."), name]
+        except KeyError:
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which no array needs") from None
+
+
+def _latin1(text: str, encoding: str) -> bytes:
+    return text.encode("latin-1")
+
+
+def members(source: Path, url: str) -> Iterator[tuple[str, Callable[..., bytes]]]:
+    """Name and content (a function that takes the most bytes) of the files of a tar archive, which is never unpacked.
+
+    Raises:
+        DataError: it is not there, of another kind, cut short, or names a path outside of its own folder.
+    """
+    if not source.is_file():
+        raise DataError(f"{source}: no such file; get {url} and give it with --source")
+    try:
+        with tarfile.open(source) as archive:
+            for member in archive:
+                parts = member.name.split("/")
+                if member.name.startswith("/") or ".." in parts or member.issym() or member.islnk() or member.isdev():
+                    raise DataError(f"{source}: {member.name!r} is a link or leaves the folder; expected plain files")
+                if member.isfile():
+                    yield member.name.removeprefix("./"), _reader(archive, member, source)
+    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
+        raise DataError(f"{source}: not a whole tar archive ({first_line(error)}); get it again from {url}") from None
+
+
+def _reader(archive: tarfile.TarFile, member: tarfile.TarInfo, source: Path) -> Callable[..., bytes]:
+    def read(most: int = 1 << 28) -> bytes:
+        if member.size > most:
+            raise DataError(f"{source}: {member.name}: {member.size:,} bytes, expected at most {most:,}")
+        try:
+            content = archive.extractfile(member).read()  # type: ignore[union-attr]
+        except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
+            raise DataError(f"{source}: {member.name}: the archive ends inside it ({first_line(error)})") from None
+        if len(content) != member.size:
+            raise DataError(f"{source}: {member.name}: the archive ends inside it")
+        return content
+
+    return read
+
+
+# ------------------------------------------------------------------------------------------------ photos
 
 
 def photo(number: int, sources: list[NDArray[np.uint8]]) -> tuple[Image.Image, dict[str, Any]]:
@@ -108,42 +266,90 @@ def photo(number: int, sources: list[NDArray[np.uint8]]) -> tuple[Image.Image, d
     return picture, {"quality": quality, "subsampling": subsampling, "progressive": progressive}
 
 
-def write_photos(out: Path, count: int) -> None:
+def photos(count: int) -> Iterator[Picture]:
     """`count` pictures for training and a tenth as many for validation, in ten classes."""
     from sklearn.datasets import load_sample_images
 
     ImageFile.MAXBLOCK = 1 << 22  # Pillow writes a progressive file in one piece
     sources = list(load_sample_images().images)
+    for split, first, many in (("train", 0, count), ("val", 1_000_000, max(10, count // 10))):
+        for number in range(many):
+            image, options = photo(first + number, sources)
+            yield Picture(split, f"class{number % CLASSES}", image, {"format": "JPEG", **options})
+
+
+# ------------------------------------------------------------------------------------------------ writing
+
+
+def write(pictures: Iterator[Picture], out: Path, limit: int | None = None) -> None:
+    """A tree that has its name is complete.
+
+    Args:
+        limit: at most this many images of each split, as many of every class.
+    """
+    counts: Counter[tuple[str, str]] = Counter()
+    numbers: Counter[str] = Counter()
     out.parent.mkdir(parents=True, exist_ok=True)
     with aside(out) as tree:
-        for split, first, many in (("train", 0, count), ("val", 1_000_000, max(10, count // 10))):
-            for number in tqdm(range(many), desc=f"{out.name}/{split}", unit=" images", disable=None):
-                picture, options = photo(first + number, sources)
-                path = tree.part / split / f"class{number % 10}" / f"{number:06d}.JPEG"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                picture.save(path, "JPEG", **options)
+        for picture in tqdm(pictures, desc=out.name, unit=" images", disable=not sys.stderr.isatty()):
+            place = picture.split, picture.label
+            if limit is not None and counts[place] >= limit // CLASSES:
+                continue
+            folder = tree.part / picture.split / picture.label
+            if not counts[place]:
+                folder.mkdir(parents=True)
+            suffix = "png" if picture.options["format"] == "PNG" else "jpg"
+            picture.image.save(folder / f"{numbers[picture.split]:05d}.{suffix}", **picture.options)
+            counts[place] += 1
+            numbers[picture.split] += 1
+
+
+def make(dataset: str, out: Path, *, source: Path | None = None, limit: int | None = None, png: bool = False) -> None:
+    """Write a data set, unless it is there already.
+
+    Raises:
+        DataError: what is asked for, or what it is made of, cannot be used.
+        OSError: the disk refuses.
+    """
+    if limit is not None and limit < CLASSES:
+        raise DataError(f"--limit: expected at least {CLASSES}, one image of each class, got {limit}")
+    if png and dataset != "cifar10":
+        raise DataError(f"--png: expected with cifar10 only, got {dataset}")
+    if all((out / split).is_dir() for split in ("train", "val")):
+        print(f"{out} is there already")
+        return
+    if out.exists():
+        raise DataError(f"{out}: is there and holds no train and val; give another name, or remove it")
+    if source is None and dataset in ("imagenette", "cifar10"):
+        url = IMAGENETTE_URL if dataset == "imagenette" else CIFAR_URL
+        raise DataError(f"{dataset}: expected its archive with --source; get {url}")
+    if dataset == "photos":
+        write(photos(limit or 2000), out)
+    elif dataset == "digits":
+        write(digits(), out, limit)
+    elif dataset == "fashion_mnist":
+        write(fashion_mnist(source or DEBIAN_FASHION), out, limit)
+    elif dataset == "imagenette":
+        write(imagenette(source), out, limit)  # type: ignore[arg-type]
+    else:
+        write(cifar10(source, png), out, limit)  # type: ignore[arg-type]
 
 
 def main() -> int:
     """Parse the command line and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dataset", choices=["digits", "fashion_mnist", "photos"])
+    parser.add_argument("dataset", choices=["digits", "fashion_mnist", "imagenette", "cifar10", "photos"])
     parser.add_argument("out", type=Path, help="folder to make; nothing is done if it is there already")
-    parser.add_argument("--source", type=Path, default=DEBIAN_FASHION, help="folder of Fashion-MNIST's idx files")
+    parser.add_argument("--source", type=Path, help="the archive, or the folder of Fashion-MNIST's idx files")
     parser.add_argument("--limit", type=int, help="at most this many images of each split")
+    parser.add_argument("--png", action="store_true", help="cifar10: exact pixels instead of JPEG")
     arguments = parser.parse_args()
-    make(arguments.dataset, arguments.out, source=arguments.source, limit=arguments.limit)
+    try:
+        make(arguments.dataset, arguments.out, source=arguments.source, limit=arguments.limit, png=arguments.png)
+    except (DataError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     return 0
-
-
-def make(dataset: str, out: Path, *, source: Path = DEBIAN_FASHION, limit: int | None = None) -> None:
-    """Write a data set, unless it is there already."""
-    if out.exists():
-        print(f"{out} is there already")
-    elif dataset == "photos":
-        write_photos(out, limit or 2000)
-    else:
-        write(digits() if dataset == "digits" else fashion_mnist(source), out, limit)
 
 
 if __name__ == "__main__":
