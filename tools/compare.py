@@ -35,6 +35,12 @@ from engine.results.scores import Entry, Outcome
 
 TRAIN = str(_root.ROOT / "tools" / "train.py")
 STATUS_SECONDS = 30
+LAYERS = {
+    "pooled": "Linear evaluation is of the pooled map, which every network has: with method.trains=pre-fc where a "
+    "pooled MLP comes behind it, as in BURN's students.",
+    "features": "Linear evaluation is of each network's features, behind the pooled MLP where it has one.",
+}
+"""What a table's `layer` means, for its heading and its plan."""
 
 
 class Pool:
@@ -153,14 +159,15 @@ class ChainError(RuntimeError):
     """A run of a chain ended with an error."""
 
 
-def plan(chains: list[Chain], launcher: list[str]) -> str:
-    """The commands, one per line."""
+def plan(chains: list[Chain], launcher: list[str], layer: str) -> str:
+    """The commands, one per line, and what they probe."""
     start = " ".join(launcher) or "python"
-    return "\n".join(
+    commands = [
         f"{start} tools/train.py {run.path} {' '.join(map(shlex.quote, run.overrides))} --resume"
         for chain in chains
         for run in chain.runs
-    )
+    ]
+    return "\n".join([f"# {LAYERS[layer]}", *commands])
 
 
 def main() -> int:
@@ -213,7 +220,7 @@ def main() -> int:
         if teacher and any(chain.needs_teacher for chain in chains):
             chains.insert(0, teacher)
         if arguments.plan:
-            print(plan(chains, launcher))
+            print(plan(chains, launcher, spec.layer))
             return 0
         check(chain for chain in chains if chain.seed == 0)  # the others differ in their seed alone
     except KNOWN as error:
@@ -261,9 +268,14 @@ def write(spec: table.Table, results: dict[tuple[str, int], Outcome], out: Path)
     entries = [entry for entry in entries if entry.outcomes]
     if ("teacher", 0) in results:
         entries.append(Entry("its teacher (floating point)", None, True, [results["teacher", 0]]))
-    text, seeds = scores.comparison(entries), max(len(entry.outcomes) for entry in entries)
+    baselines = entries[0].outcomes[0].baselines
+    if baselines:  # the same for every row: no network
+        pixels = Outcome(baselines["pixels_top1"], baselines["pixels_knn"], 0, 0.0, {}, [])
+        entries.append(Entry("raw pixels (logistic regression)", None, True, [pixels]))
+    text, seeds = scores.comparison(entries, spec.layer), max(len(entry.outcomes) for entry in entries)
     heading = (
-        f"# {spec.title}\n\n{spec.images:,} training images per row, {seeds} seed(s), mean ± standard deviation.\n"
+        f"# {spec.title}\n\n{spec.images:,} training images per row, {seeds} seed(s), mean ± standard deviation. "
+        f"{LAYERS[spec.layer]}\n"
     )
     (out / "table.md").write_text(f"{heading}\n{text}\n\n![figure](table.png)\n", encoding="utf-8")
     record = {

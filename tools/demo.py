@@ -26,7 +26,7 @@ import yaml
 from torch import Tensor
 
 import loaders
-from engine import checkpoint, evals, train
+from engine import checkpoint, train
 from engine import recipe as recipes
 from engine.errors import KNOWN, Stopped
 from engine.log import duration, to_console
@@ -42,7 +42,6 @@ from loaders.config import Request
 from loaders.sources import open_index
 
 RECIPES = _root.ROOT / "recipes" / "quick"
-NEIGHBORS, TEMPERATURE = 20, 0.07
 STAGES = ("stage 1", "stage 2")
 
 
@@ -103,28 +102,6 @@ class Demo:
 
         self.started += len(chain.runs)
         return chain.run(start)
-
-
-def pixel_baselines(recipe: Recipe) -> dict[str, float]:
-    """k-NN and logistic regression on raw pixels: what no network at all would score."""
-    from sklearn.linear_model import LogisticRegression
-
-    def pixels(split: str) -> tuple[Tensor, Tensor]:
-        loader = loaders.open_eval(recipe.data, loaders.open_data(recipe.data, split))  # type: ignore[arg-type]
-        batches = list(loader)
-        loader.close()
-        return torch.cat([b.views[0][:, 0].flatten(1) for b in batches]), torch.cat(
-            [b.label for b in batches if b.label is not None]
-        )
-
-    (train_x, train_y), (val_x, val_y) = pixels("train"), pixels("val")
-    classes = int(train_y.max()) + 1
-    nearest = evals.knn(train_x, train_y, val_x, classes, NEIGHBORS, TEMPERATURE)
-    regression = LogisticRegression(max_iter=100).fit(train_x.numpy(), train_y.numpy())
-    return {
-        "raw pixels, k-NN": 100 * (nearest == val_y).float().mean().item(),
-        "raw pixels, logistic regression": 100 * regression.score(val_x.numpy(), val_y.numpy()),
-    }
 
 
 def sample_views(recipe: Recipe, count: int = 12) -> list[Tensor]:
@@ -293,7 +270,10 @@ def run_demo(out: Path, seeds: int, json: Path | None) -> None:
     stage2 = chains[0]["stage 2"].runs[0].recipe()
     scores = [Score(name, [of_seed[key].linear for of_seed in outcomes]) for key, name in names.items()]
     scores.append(Score("floating-point teacher", [teacher_outcome.linear]))
-    scores += [Score(name, [value]) for name, value in pixel_baselines(stage2).items()]
+    scores += [
+        Score("raw pixels, k-NN", [teacher_outcome.baselines["pixels_knn"]]),
+        Score("raw pixels, logistic regression", [teacher_outcome.baselines["pixels_top1"]]),
+    ]
     folders = {name: chains[0][name].runs[0].recipe().folder for name in STAGES}
     width = stage2.method.networks["student"].model_dump()["width"]
     heading = f"BURN on scikit-learn's digits: ReActNet-A x{width / 32:g}, {seeds} seed(s)"

@@ -70,6 +70,7 @@ class Chain(NamedTuple):
             seconds=round(sum(row["seconds"] for row in last), 1),
             monitors={name: value for name, value in last[-1].items() if "/" in name},
             recipes=[recipe.hash for recipe in (*pretraining, probe)],
+            baselines=_baselines(probe.folder),
         )
 
 
@@ -94,6 +95,11 @@ def check(chains: Iterable[Chain]) -> None:
                     said.append(first_line(error))
         if wrong := [*lacking.values(), *said]:
             raise RecipeError(f"{chain.name}: {run.path}: {'; '.join(wrong)}")
+
+
+def _baselines(folder: Path) -> dict[str, float]:
+    found = [row for row in metrics(folder) if row.get("evaluation") == "baselines"]
+    return {name: value for name, value in found[-1].items() if name.endswith(("_top1", "_knn"))} if found else {}
 
 
 def probe_of(recipe: Recipe, probe: Recipe, *, layer: Literal["features", "pooled"]) -> list[str]:

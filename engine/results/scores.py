@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 
@@ -33,6 +33,8 @@ class Outcome:
     """The last monitors of pre-training."""
     recipes: list[str]
     """Hashes of all runs, in order."""
+    baselines: dict[str, float] = field(default_factory=dict)
+    """What the probe's `baselines` evaluation found, where its recipe has one."""
 
 
 class Entry(NamedTuple):
@@ -69,9 +71,9 @@ def table(scores: Sequence[Score]) -> str:
     return "\n".join([*lines, *(f"| {score.name:{width}} | {score!s:7} |" for score in scores)])
 
 
-def comparison(entries: Sequence[Entry]) -> str:
-    """A table of methods in Markdown."""
-    head = ("pre-training", "paper, ImageNet", "linear top-1 %", "k-NN top-1 %", "images", "minutes")
+def comparison(entries: Sequence[Entry], layer: str) -> str:
+    """A table of methods in Markdown; `layer` is what its linear evaluations look at."""
+    head = ("pre-training", "paper, ImageNet", f"linear top-1 % ({layer})", "k-NN top-1 %", "images", "minutes")
     rows = [
         (
             entry.name,
