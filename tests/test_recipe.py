@@ -1,6 +1,7 @@
 """Recipes: every message, merging, overrides, the resolved form, and all recipes of the repository."""
 
 import copy
+import re
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from engine.describe import describe
 from engine.errors import RecipeError
 from engine.recipe import micro_steps
 from models import methods
+from tests.processes import tool
 from tests.tiny import RECIPE_IDS, RECIPES, ROOT, tiny
 
 STAGE1 = ROOT / "recipes" / "burn_stage1.yaml"
@@ -330,3 +332,16 @@ def test_several_bases_are_merged_in_order(tmp_path):
     assert strict_yaml.read(path) == {"a": {"x": 1, "y": 2, "z": 3}, "l": [2, 2]}
     with pytest.raises(RecipeError, match="base: expected the path of a recipe or a list of them, got 3"):
         strict_yaml.read(write(tmp_path, "base: [one.yaml, 3]"))
+
+
+def test_the_page_of_keys_is_that_of_the_code(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["train.py", "--keys"])
+    with pytest.raises(SystemExit) as left:
+        tool("train").main()
+    page = (ROOT / "docs/recipe_keys.md").read_text()
+    assert left.value.code == 0 and capsys.readouterr().out == page, (
+        "python tools/train.py --keys > docs/recipe_keys.md"
+    )
+    keys = set((ROOT / "tests/recipe_keys.txt").read_text().split())
+    leaves = {key.removesuffix(".*").rpartition(".")[2] for key in keys}
+    assert leaves <= set(re.findall(r"^\| `(\w+)` \|", page, re.M))

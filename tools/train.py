@@ -17,7 +17,7 @@ from pathlib import Path
 
 import _root  # noqa: F401
 
-from engine import dist, train
+from engine import dist, keys, train
 from engine import recipe as recipes
 from engine.describe import describe
 from engine.errors import KNOWN, RecipeError, report, reports
@@ -42,6 +42,7 @@ def main() -> int:
         help="measure instead of training: `loader` every back end of this machine on the recipe's views, `step` the "
         "training step beside the authors' way, by phase, `train` the same with the recipe's loader",
     )
+    parser.add_argument("--keys", action=PrintKeys, nargs=0, help="print all keys of a recipe (docs/recipe_keys.md)")
     parser.add_argument("--json", type=Path, help="also write what --benchmark measured here")
     parser.add_argument("--figure", type=Path, help="also draw the phases of --benchmark step or train here (PNG)")
     arguments = parser.parse_intermixed_args()
@@ -70,6 +71,15 @@ def main() -> int:
             report(error)
         return error.exit_code
     return 0
+
+
+class PrintKeys(argparse.Action):
+    """`--keys`: like `--help` it needs no recipe."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        """Print the reference and leave."""
+        print(keys.page(), end="")
+        parser.exit()
 
 
 def benchmark(recipe: Recipe, mode: str, json: Path | None, figure: Path | None) -> None:
