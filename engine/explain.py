@@ -1,38 +1,53 @@
-"""What is wrong with a section, in one line: where, what was expected, what was given."""
+"""What is wrong with a section, on one line: where, what was expected, what was given."""
 
 from __future__ import annotations
 
 import difflib
 import typing
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 
-def explain(error: ValidationError, model: type[BaseModel], content: dict[str, Any]) -> str:
-    """One problem in one line, and how many more there are: a misspelled key if there is one, which may be the cause of
-    the others, else the first."""
+def explain(
+    error: ValidationError,
+    model: type[BaseModel],
+    content: dict[str, Any],
+    origin: Callable[[list[str | int]], str] = lambda location: "",
+) -> str:
+    """All problems on one line: misspelled keys first, which may be the cause of the others.
+
+    Args:
+        model, content: what was validated, and against what.
+        origin: adds to a location where it stands, if that is not where the reader looks.
+    """
+    said: dict[str, str] = {}
+    meant: set[str] = set()
     problems = error.errors(include_url=False)
-    misspelled = (
-        p
-        for p in problems
-        if p["type"] == "extra_forbidden" and _close(str(p["loc"][-1]), _fields(model, p["loc"][:-1]))
-    )
-    problem = next(misspelled, problems[0])
-    location = _location(problem["loc"], content)
-    key = ".".join(map(str, location))
-    if problem["type"] == "extra_forbidden":
-        text = f"unknown key, {suggest(str(location[-1]), _fields(model, problem['loc'][:-1]))}"
-    elif problem["type"] == "missing":
-        text = "missing"
-    else:
-        reason = problem["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
-        given = problem["input"]
-        shown = "" if isinstance(given, dict | list) or "got" in reason else f", got {given!r}"
-        text = reason[0].lower() + reason[1:] + shown
-    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    return f"{key}: {text}{more}"
+    for problem in sorted(problems, key=lambda problem: not _is_misspelled(problem, model)):
+        location = _location(problem["loc"], content)
+        key = ".".join(map(str, location))
+        if problem["type"] == "extra_forbidden":
+            known = _fields(model, problem["loc"][:-1])
+            text = f"unknown key, {suggest(str(location[-1]), known)}"
+            meant |= {".".join(map(str, (*location[:-1], close))) for close in _close(str(location[-1]), known)}
+        elif problem["type"] == "missing":
+            if key in meant:
+                continue  # that is the misspelled one
+            text = "missing"
+        else:
+            reason = problem["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
+            given = problem["input"]
+            shown = "" if isinstance(given, dict | list) or "got" in reason else f", got {given!r}"
+            text = reason[0].lower() + reason[1:] + shown
+        said.setdefault(key, f"{key}: {text}{origin(location)}")
+    return "; ".join(said.values())
+
+
+def _is_misspelled(problem: Any, model: type[BaseModel]) -> bool:
+    known = _fields(model, problem["loc"][:-1]) if problem["type"] == "extra_forbidden" else ()
+    return bool(_close(str(problem["loc"][-1]), known))
 
 
 def _location(loc: tuple[str | int, ...], content: Any) -> list[str | int]:

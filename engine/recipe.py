@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -221,9 +222,25 @@ def resolve(content: dict[str, Any], path: Path) -> Recipe:
     try:
         recipe = model.model_validate_json(json.dumps(content))
     except ValidationError as error:
-        raise RecipeError(f"{path}: {explain(error, model, content)}") from error
-    _cross_check(recipe, path)
+        raise RecipeError(f"{path}: {explain(error, model, content, partial(_origin, path, content))}") from error
+    if problems := _cross_check(recipe):
+        said = [f"{key}: {text}{_origin(path, content, key.split('.'))}" for key, text in problems.items()]
+        raise RecipeError(f"{path}: {'; '.join(said)}")
     return recipe
+
+
+def _origin(path: Path, content: Any, keys: Sequence[str | int]) -> str:
+    """Where a key stands, if it is inherited."""
+    item, location = content, []
+    for key in keys:
+        place: Any = int(key) if isinstance(item, list) and str(key).isdigit() else key
+        try:
+            item = item[place]
+        except (KeyError, IndexError, TypeError):
+            return ""
+        location.append(place)
+    base = strict_yaml.inherited(path, location, item)
+    return f" (inherited from {base})" if base else ""
 
 
 def _decide(data: dict[str, Any], run: dict[str, Any]) -> None:
@@ -269,39 +286,40 @@ def _named(content: dict[str, Any], section: str, key: str, known: list[str], lo
     try:
         return load(part[key])
     except KeyError:
+        where = _origin(path, content, [section, key])
         raise RecipeError(
-            f"{path}: {section}.{key}: unknown value {part[key]!r}, expected one of {', '.join(known)}"
+            f"{path}: {section}.{key}: unknown value {part[key]!r}, expected one of {', '.join(known)}{where}"
         ) from None
 
 
-def _cross_check(recipe: Recipe, path: Path) -> None:
-    """What no section can know alone."""
-    views, wants = len(recipe.data.views), recipe.method.num_views
-    if views < wants or (views > wants and not recipe.method.takes_more_views):
-        least = "at least " if recipe.method.takes_more_views else ""
-        raise RecipeError(f"{path}: data.views: expected {least}{wants} for method {recipe.method.name}, got {views}")
-    wanted, optional = {"lr", *recipe.method.schedules}, {"weight_decay"}
-    for name in wanted - set(recipe.schedules):
-        raise RecipeError(f"{path}: schedules.{name}: missing, method {recipe.method.name} needs it")
-    for name in set(recipe.schedules) - wanted - optional:
-        raise RecipeError(f"{path}: schedules.{name}: unknown key, {suggest(name, wanted | optional)}")
+def _cross_check(recipe: Recipe) -> dict[str, str]:
+    """What no section can know alone: key -> what is wrong with it."""
+    wrong: dict[str, str] = {}
+    method, schedules = recipe.method, recipe.schedules
+    views, wants = len(recipe.data.views), method.num_views
+    if views < wants or (views > wants and not method.takes_more_views):
+        least = "at least " if method.takes_more_views else ""
+        wrong["data.views"] = f"expected {least}{wants} for method {method.name}, got {views}"
+    wanted, optional = {"lr", *method.schedules}, {"weight_decay"}
+    for name in sorted(set(schedules) - wanted - optional):
+        wrong[f"schedules.{name}"] = f"unknown key, {suggest(name, wanted | optional)}"
+    for name in sorted(wanted - set(schedules)):
+        wrong[f"schedules.{name}"] = f"missing, method {method.name} needs it"
     for number, evaluation in enumerate(recipe.evals):
-        if evaluation.kind == "accuracy" and recipe.method.classes is None:
-            raise RecipeError(
-                f"{path}: evals.{number}.kind: method {recipe.method.name} has no classifier to measure, expected knn"
-            )
-    for name in recipe.method.schedules:  # λ, momenta: each weighs one thing against another
-        schedule = recipe.schedules[name]
-        if max(schedule.start, schedule.end) > 1:
-            raise RecipeError(f"{path}: schedules.{name}: expected values from 0 to 1")
+        if evaluation.kind == "accuracy" and method.classes is None:
+            wrong[f"evals.{number}.kind"] = f"method {method.name} has no classifier to measure, expected knn"
+    for name in method.schedules:  # λ, momenta: each weighs one thing against another
+        if name in schedules and max(schedules[name].start, schedules[name].end) > 1:
+            wrong[f"schedules.{name}"] = "expected values from 0 to 1"
     sizes = [(f"data.views.{i}.size", view.size) for i, view in enumerate(recipe.data.views)]
     sizes.append(("data.eval_view.size", recipe.data.eval_view.size))
-    for network in recipe.method.networks.values():
+    for network in method.networks.values():
         for key, size in sizes:
             try:
                 network.check_side(size)
             except ValueError as error:
-                raise RecipeError(f"{path}: {key}: {error}") from None
+                wrong[key] = str(error)
+    return wrong
 
 
 def micro_steps(recipe: Recipe, world_size: int) -> int:

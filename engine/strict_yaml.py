@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import typing
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,37 @@ def read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
             raise RecipeError(f"{path}: base: expected the path of a recipe or a list of them, got {base!r}")
         merged = _merge(merged, read(path.parent / base, (*seen, path.resolve())))
     return _merge(merged, content)
+
+
+def inherited(path: Path, location: Sequence[str | int], item: Any) -> Path | None:
+    """The `base` file in which a value of the merged content stands; None if it stands in the file itself, or nowhere
+    (it may come from an override)."""
+    try:
+        content = parse(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return None  # not a file that can be read: a checkpoint's recipe
+    if not isinstance(content, dict) or _at(content, location) is not _NOWHERE:
+        return None
+    bases = content.get("base", [])
+    for base in reversed(bases if isinstance(bases, list) else [bases]):
+        below = path.parent / str(base)
+        if _at(read(below), location) == item:
+            return inherited(below, location, item) or below
+    return None
+
+
+_NOWHERE = object()
+
+
+def _at(content: Any, location: Sequence[str | int]) -> Any:
+    for key in location:
+        is_there = (
+            key in content if isinstance(content, dict) else isinstance(content, list) and key in range(len(content))
+        )
+        if not is_there:
+            return _NOWHERE
+        content = content[key]
+    return content
 
 
 def _yaml_reason(error: yaml.YAMLError) -> str:

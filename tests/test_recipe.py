@@ -345,3 +345,44 @@ def test_the_page_of_keys_is_that_of_the_code(monkeypatch, capsys):
     keys = set((ROOT / "tests/recipe_keys.txt").read_text().split())
     leaves = {key.removesuffix(".*").rpartition(".")[2] for key in keys}
     assert leaves <= set(re.findall(r"^\| `(\w+)` \|", page, re.M))
+
+
+def test_all_errors_are_listed_once(tmp_path):
+    def change(content):
+        content["method"]["temprature"] = content["method"].pop("temperature")
+        content["run"]["durration"] = content["run"].pop("duration")
+        content["optim"]["eps"] = -1
+        del content["schedules"]
+
+    said = message(change).removeprefix(f"{STAGE1}: ").split("; ")
+    assert said == [
+        "method.temprature: unknown key, did you mean 'temperature'?",
+        "run.durration: unknown key, did you mean 'duration'?",
+        "optim.eps: expected greater than 0, got -1",
+        "schedules: missing",
+    ]  # and not that what was misspelled is missing
+    both = message(lambda content: [content["data"]["views"].pop(), content["schedules"].pop("balance")])
+    assert "data.views: expected 2" in both and "schedules.balance: missing" in both
+
+
+def test_an_error_in_an_inherited_key_names_its_file(tmp_path):
+    content = yaml.safe_dump(strict_yaml.read(STAGE1))
+    lowest = write(tmp_path, content.replace("temperature: 0.2", "temprature: 0.2"), "lowest.yaml")
+    middle = write(tmp_path, "base: lowest.yaml\noptim: {eps: -1.0}\n", "middle.yaml")
+    path = write(tmp_path, "base: middle.yaml\nseed: -1\n")
+    with pytest.raises(RecipeError) as caught:
+        recipes.load(path, ["run.keep=0"])
+    said = str(caught.value).removeprefix(f"{path}: ").split("; ")
+    assert f"method.temprature: unknown key, did you mean 'temperature'? (inherited from {lowest})" in said
+    assert f"optim.eps: expected greater than 0, got -1.0 (inherited from {middle})" in said
+    assert "seed: expected greater than or equal to 0, got -1" in said
+    assert "run.keep: expected greater than or equal to 1, got 0" in said  # on the command line
+    for change, key in (("num_views", "data.views"), ("name", "method.name")):
+        text = yaml.safe_load(content)
+        if change == "name":
+            text["method"]["name"] = "brun"
+        else:
+            text["data"]["views"] = text["data"]["views"][:1]
+        write(tmp_path, yaml.safe_dump(text), "lowest.yaml")
+        with pytest.raises(RecipeError, match=rf"{key}: .* \(inherited from .*lowest\.yaml\)"):
+            recipes.load(write(tmp_path, "base: lowest.yaml\n", "r2.yaml"))
