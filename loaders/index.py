@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -38,12 +39,20 @@ class Names:
     @classmethod
     def of(cls, names: Iterable[bytes]) -> Names:
         """From names without zeros."""
-        blob, ends = bytearray(), _Growing()
-        for name in names:
-            blob += name
-            blob.append(0)
-            ends.append(len(blob))
-        return cls(np.frombuffer(blob or b"", dtype=np.uint8), ends.array())
+        rest = iter(names)
+        chunks = iter(lambda: list(itertools.islice(rest, _CHUNK >> 4)), [])
+        return cls.of_parts(b"\0".join(chunk) + b"\0" for chunk in chunks)
+
+    @classmethod
+    def of_parts(cls, parts: Iterable[bytes]) -> Names:
+        """From any number of names at a time, each of them followed by a 0."""
+        blob = bytearray()
+        for part in parts:
+            blob += part
+        array = np.frombuffer(blob or b"", dtype=np.uint8)
+        steps = range(0, len(array), _CHUNK)
+        ends = [first + 1 + np.flatnonzero(array[first : first + _CHUNK] == 0) for first in steps]
+        return cls(array, np.concatenate([np.zeros(0, dtype=np.int64), *ends]))
 
     @classmethod
     def of_rows(cls, count: int) -> Names:
@@ -76,23 +85,6 @@ class Names:
     def take(self, rows: NDArray[np.int64]) -> Names:
         """Those of some rows."""
         return Names.of(self[row] for row in rows.tolist())
-
-
-class _Growing:
-    """int64 numbers, one after the other, in memory of their own size."""
-
-    def __init__(self) -> None:
-        self._parts: list[NDArray[np.int64]] = []
-        self._last: list[int] = []
-
-    def append(self, number: int) -> None:
-        self._last.append(number)
-        if len(self._last) == 1 << 16:
-            self._parts.append(np.array(self._last, dtype=np.int64))
-            self._last = []
-
-    def array(self) -> NDArray[np.int64]:
-        return np.concatenate([*self._parts, np.array(self._last, dtype=np.int64)])
 
 
 class Pieces(NamedTuple):

@@ -23,7 +23,7 @@ _OF_THE_SYSTEM = {"lost+found", "@eaDir", "#recycle", "$RECYCLE.BIN", "__MACOSX"
 
 def claims(root: Path) -> bool:
     """A folder with an image somewhere in it."""
-    return root.is_dir() and next(_images(root, ""), None) is not None
+    return root.is_dir() and _has_image(root)
 
 
 def open_index(root: Path, request: Request) -> Index:
@@ -35,7 +35,7 @@ def open_index(root: Path, request: Request) -> Index:
     folders, loose = _inside(root)
     folders.sort()
     loose.sort()
-    has_folders = any(next(_images(root / name, ""), None) is not None for name in folders)
+    has_folders = any(_has_image(root / name) for name in folders)
     if loose and has_folders and request.labels is None:
         raise DataError(
             f"{root}: holds both images ({loose[0]}) and folders of images, which can be read in two ways; set "
@@ -45,15 +45,16 @@ def open_index(root: Path, request: Request) -> Index:
     has_classes = has_folders and request.labels != "none"
     counts: list[int] = []
 
-    def names() -> Iterator[bytes]:
+    def names() -> Iterator[bytes]:  # many at a time: a million names one by one take a second
         if not has_classes:
-            yield from map(os.fsencode, loose)
+            yield _joined(loose)
         for name in folders:
-            below = sorted(_images(root / name, f"{name}/"))
+            below = _images(root / name, f"{name}/")
+            below.sort()
             counts.append(len(below))
-            yield from map(os.fsencode, below)
+            yield _joined(below)
 
-    found = Names.of(names())
+    found = Names.of_parts(names())
     if not len(found):
         raise DataError(f"{root}: no images; expected files ending in {', '.join(EXTENSIONS)}")
     if not has_classes:
@@ -72,36 +73,40 @@ def open_index(root: Path, request: Request) -> Index:
     return index_of(root, root, found, label, classes, reading, request)
 
 
-def _entries(folder: str | Path) -> Iterator[os.DirEntry[str]]:
-    try:  # one at a time: an entry takes three times as much memory as its name
-        with os.scandir(folder) as entries:
-            yield from (entry for entry in entries if not entry.name.startswith("."))
-    except FileNotFoundError:
-        raise DataError(f"{folder}: no such folder; expected images in it, or one folder of images per class") from None
-    except OSError as error:  # left out in silence, its images would be missing from the data set
-        raise DataError(f"{folder}: cannot be listed: {error.strerror}") from None
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir() and entry.name not in _OF_THE_SYSTEM
-    except OSError:  # a link in a circle
-        return False
+def _joined(names: list[str]) -> bytes:
+    return os.fsencode("\0".join(names) + "\0") if names else b""
 
 
 def _inside(folder: str | Path) -> tuple[list[str], list[str]]:
     """Names of the folders and of the images right in a folder."""
     folders, images = [], []
-    for entry in _entries(folder):
-        if _is_folder(entry):
-            folders.append(entry.name)
-        elif entry.name.lower().endswith(EXTENSIONS):
-            images.append(entry.name)
-    return folders, images
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:  # one at a time: an entry takes three times as much memory as its name
+                name = entry.name
+                if name.startswith("."):
+                    continue
+                if _is_folder(entry):
+                    folders.append(name)
+                elif name.lower().endswith(EXTENSIONS):
+                    images.append(name)
+    except FileNotFoundError:
+        raise DataError(f"{folder}: no such folder; expected images in it, or one folder of images per class") from None
+    except OSError as error:  # left out in silence, its images would be missing from the data set
+        raise DataError(f"{folder}: cannot be listed: {error.strerror}") from None
+    return [name for name in folders if name not in _OF_THE_SYSTEM], images
 
 
-def _images(folder: str | Path, prefix: str, above: tuple[tuple[int, int], ...] = ()) -> Iterator[str]:
-    """Paths of the images in a folder and below it, `prefix` before each; links are followed, but not in circles."""
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link in a circle
+        return False
+
+
+def _walk(folder: str | Path, prefix: str, above: tuple[tuple[int, int], ...] = ()) -> Iterator[tuple[str, list[str]]]:
+    """Every folder in a folder, itself first, and the images right in it, as the prefix of their paths and their names.
+    Links are followed, but not in circles."""
     try:
         here = os.stat(folder)
     except OSError as error:
@@ -109,10 +114,21 @@ def _images(folder: str | Path, prefix: str, above: tuple[tuple[int, int], ...] 
     if (here.st_dev, here.st_ino) in above:
         return
     folders, images = _inside(folder)
-    for name in images:
-        yield prefix + name
+    yield prefix, images
     for name in folders:
-        yield from _images(os.path.join(folder, name), f"{prefix}{name}/", (*above, (here.st_dev, here.st_ino)))
+        yield from _walk(os.path.join(folder, name), f"{prefix}{name}/", (*above, (here.st_dev, here.st_ino)))
+
+
+def _images(folder: str | Path, prefix: str) -> list[str]:
+    """Paths of all images in a folder and below it, `prefix` before each."""
+    found: list[str] = []
+    for place, names in _walk(folder, prefix):
+        found += [place + name for name in names]
+    return found
+
+
+def _has_image(folder: str | Path) -> bool:
+    return any(names for _, names in _walk(folder, ""))
 
 
 def index_of(
