@@ -93,6 +93,17 @@ def test_a_probe_that_evaluates_nothing_is_refused(tmp_path):
         table.chain(loaded, loaded.rows[0], 0, path, tmp_path, [])
 
 
+@pytest.mark.parametrize(("layer", "trains"), [("pooled", "pre-fc"), ("features", "linear")])
+def test_a_plan_says_which_layer_it_probes(layer, trains, tmp_path, monkeypatch, capsys):
+    rows = [{"name": "A", "stages": [str(ROOT / "recipes/quick/burn_stage1.yaml")]}]
+    path = write(tmp_path / "t.yaml", layer=layer, rows=rows)
+    monkeypatch.setattr(sys, "argv", ["compare.py", str(path), "--plan"])
+    assert tool("compare").main() == 0
+    first, *commands = capsys.readouterr().out.splitlines()
+    assert first.startswith("# Linear evaluation is of") and ("pre-fc" in first) == (layer == "pooled")
+    assert len(commands) == 2 and f'"trains":"{trains}"' in commands[1]
+
+
 def test_old_names_of_keys_load_in_a_table(tmp_path):
     path = write(tmp_path / "t.yaml", knn={"kind": "knn", "every": "100%", "neighbours": 7})
     assert table.load(path).knn.neighbors == 7
@@ -120,10 +131,14 @@ def test_a_table_runs_fails_in_one_row_and_continues(tmp_path):
     text, _ = done.communicate(timeout=PATIENCE)
     assert done.returncode == 1 and "exit code 3" in text, text
     record = json.loads((tmp_path / "out/table.json").read_text())
-    assert list(record["rows"]) == ["good"]
+    assert list(record["rows"]) == ["good", "raw pixels (logistic regression)"]
     (result,) = record["rows"]["good"]["runs"]
     assert result["images"] == 2 * 32 and 0 <= result["linear"] <= 100 and len(result["recipes"]) == 3
     assert result["monitors"]["binary/sign_flips"] >= 0
+    assert result["baselines"].keys() == {"pixels_top1", "pixels_knn", "random_top1", "logistic_top1"}
+    text = (tmp_path / "out/table.md").read_text()
+    assert f"| {result['baselines']['pixels_top1']:.1f}" in text and "raw pixels (logistic regression)" in text
+    assert "linear top-1 % (pooled)" in text and "method.trains=pre-fc" in text, "which layer is probed"
     assert (tmp_path / "out/table.png").stat().st_size > 10_000 and "64.10" in (tmp_path / "out/table.md").read_text()
     # Again, without the bad row: nothing runs twice, the numbers are the same.
     refused = compare(*arguments, "schedules.lr.start=0.02", "--only", "good")
