@@ -31,7 +31,7 @@ def open_device(wanted: str, local_rank: int, local_world_size: int) -> torch.de
     """
     gpus = torch.cuda.device_count()
     if wanted == "cpu" or (wanted == "auto" and not gpus):
-        torch.set_num_threads(max(1, machine.cores() // local_world_size))
+        torch.set_num_threads(cpu_threads(local_world_size))
         return torch.device("cpu")
     if gpus < local_world_size:
         why = f" ({hidden})" if not gpus and (hidden := why_hidden()) else ""
@@ -43,6 +43,19 @@ def open_device(wanted: str, local_rank: int, local_world_size: int) -> torch.de
     if problem := why_unusable(device):
         raise own(DeviceError(f"run.device: {problem}; or set run.device=cpu"))
     return device
+
+
+def cpu_threads(local_world_size: int) -> int:
+    """Threads that a rank computes with on a CPU: OMP_NUM_THREADS, or its share of the cores.
+
+    torchrun puts OMP_NUM_THREADS=1 into the environment of several ranks where nothing is set, which cannot be told
+    from a user's 1; it is taken for torchrun's, because on a CPU one thread for each rank leaves most cores idle.
+    """
+    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]  # a list has a number for each level of nesting
+    is_torchruns = asked == "1" and local_world_size > 1 and "TORCHELASTIC_RUN_ID" in os.environ
+    if asked.isdigit() and int(asked) and not is_torchruns:
+        return int(asked)
+    return max(1, machine.cores() // local_world_size)
 
 
 def why_unusable(device: torch.device) -> str:

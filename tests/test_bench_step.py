@@ -169,8 +169,10 @@ def test_it_says_what_it_is_doing(tmp_path, monkeypatch, caplog):
         "warming up eager (2 of 2)",
         "timing round 1 of 1",
         "with and without the loader, round 1 of 1",
+        "[7 of 7] the loader alone, about",
     ):
         assert text in caplog.text
+    assert "[8 of" not in caplog.text
 
 
 def on_ranks(folder):

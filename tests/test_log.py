@@ -3,11 +3,13 @@
 import logging
 import re
 import struct
+import time
 
 import pytest
 
+from engine import accelerator, dist
 from engine.log import logger, to_console
-from tests.processes import train_main
+from tests.processes import tool, train_main
 from tests.runs import rows, run
 from tests.tiny import ROOT, tiny, tiny_overrides
 
@@ -86,3 +88,75 @@ def test_an_evaluation_before_the_first_step(tmp_path):
     longer = tiny(QUICK, tmp_path, "evals.0.at_start=true", "run.duration=4it")
     run(longer, resume=True, allow_changes=True)
     assert [row["step"] for row in rows(longer) if "evaluation" in row] == [0, 3, 4]
+
+
+def test_a_benchmark_says_where_it_is(caplog):
+    from engine.bench.clock import Progress
+
+    caplog.set_level("INFO", "burn")
+    with Progress(2, every=0.01) as progress:
+        progress.begin("compiling")
+        while "compiling: " not in caplog.text:  # the reminder of what goes on
+            time.sleep(0.01)
+        progress.begin("timing")
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines[0] == "[1 of 2] compiling"
+    assert re.fullmatch(r"    compiling: \d+s since the start", lines[1])
+    assert any(re.fullmatch(r"\[2 of 2\] timing, about \d+s left", line) for line in lines)
+    assert not progress._thread.is_alive()
+
+
+@pytest.mark.parametrize(
+    ("asked", "ranks", "by_torchrun", "expected"),
+    [
+        (None, 1, False, 8),
+        (None, 2, False, 4),
+        ("3", 1, False, 3),
+        ("3", 2, True, 3),
+        ("1", 1, False, 1),
+        ("1", 2, True, 4),  # torchrun's own, which says so
+        ("1", 2, False, 1),
+        ("5,2", 1, False, 5),
+        ("many", 1, False, 8),
+        ("0", 1, False, 8),
+    ],
+)
+def test_threads_are_those_that_are_asked_for(asked, ranks, by_torchrun, expected, monkeypatch):
+    monkeypatch.setattr(accelerator.machine, "cores", lambda: 8)
+    for name, value in (("OMP_NUM_THREADS", asked), ("TORCHELASTIC_RUN_ID", "x" if by_torchrun else None)):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    used = []
+    monkeypatch.setattr(accelerator.torch, "set_num_threads", used.append)
+    accelerator.open_device("cpu", 0, ranks)
+    assert used == [expected]
+
+
+def test_the_doctor_reads_the_load(monkeypatch):
+    doctor = tool("doctor")
+    for load, busy in ((0.1, False), (7.5, True)):
+        monkeypatch.setattr(doctor.os, "getloadavg", lambda load=load: (load, 0.0, 0.0))
+        monkeypatch.setattr(doctor.machine, "cores", lambda: 8)
+        said = dict(doctor.facts())["load"]
+        assert said.startswith(f"{load:.1f} of 8 cores") and ("busy" in said) == busy
+
+
+@pytest.mark.parametrize(("together", "verdict"), [(95.0, "keeps up"), (72.0, "is the bottleneck")])
+def test_the_doctor_judges_loader_and_step_running_together(together, verdict, tmp_path, monkeypatch, capsys):
+    doctor = tool("doctor")
+    measured = {"whole": {"images_per_second": [500.0]}}  # five times what the step takes, alone
+    found = {"backends": {"synthetic": measured}, "best": "synthetic", "device": "cpu"}
+    monkeypatch.setattr(doctor.loader_bench, "measure", lambda *_, **__: found)
+    monkeypatch.setattr(doctor.step_bench, "with_and_without_loader", lambda *_, **__: (100.0, together))
+    doctor._keeps_up(tiny(QUICK, tmp_path))
+    said = capsys.readouterr().out
+    assert verdict in said and f"loses {1 - together / 100:.0%}" in said
+
+
+def test_a_step_is_measured_with_its_loader(tmp_path):
+    from engine.bench import step
+
+    recipe = tiny(QUICK, tmp_path, "data.batch_size=8")
+    alone, together = step.with_and_without_loader(recipe, dist.start("cpu", 60), steps=1)
+    assert alone > 0 and together > 0

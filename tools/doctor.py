@@ -34,6 +34,8 @@ from engine.recipe import Recipe
 from loaders import machine
 
 GIB = 2**30
+MOST_LOST = 0.1
+"""Share of its speed that the step may lose to a loader that keeps up."""
 
 
 def facts() -> Iterator[tuple[str, str]]:
@@ -44,7 +46,12 @@ def facts() -> Iterator[tuple[str, str]]:
     hidden = accelerator.why_hidden()
     yield "GPUs", ", ".join(gpus) or f"none; {hidden or 'the CPU trains (gloo), slowly'}"
     ranks = max(1, len(gpus))
-    yield "threads", f"{cores} cores, {max(1, cores // ranks)} decoding threads for each of {ranks} rank(s)"
+    set_by = " (OMP_NUM_THREADS)" if os.environ.get("OMP_NUM_THREADS") else ""
+    computes = "" if gpus else f", {accelerator.cpu_threads(1)} that compute{set_by}"
+    yield "threads", f"{cores} cores, {max(1, cores // ranks)} decoding threads for each of {ranks} rank(s){computes}"
+    load = os.getloadavg()[0]
+    busy = " - busy: what is measured here, and what trains here, shares the cores with it" if load > cores / 4 else ""
+    yield "load", f"{load:.1f} of {cores} cores in the last minute{busy}"
     yield "memory", f"{memory['MemTotal'] / GIB:.1f} GiB, {memory['MemAvailable'] / GIB:.1f} available"
     shm = shutil.disk_usage("/dev/shm")
     small = (
@@ -96,14 +103,17 @@ def _some_files(recipe: Recipe | None, folder: Path) -> list[bytes]:
     return [os.fsencode(path)]
 
 
-def step_speed(recipe: Recipe) -> float:
-    """Images per second of the recipe's training step on this device, from few steps on synthetic images."""
+def step_speeds(recipe: Recipe) -> tuple[float, float]:
+    """Images per second of the recipe's training step on this device, from few steps: on resident images, and with the
+    recipe's loader at work on the same cores, as it is in training."""
     world = dist.start("auto", 60)
     on_gpu = world.device.type == "cuda"
     batch = recipe.data.micro_batch if on_gpu else min(8, recipe.data.micro_batch)
-    sizes = {"batch_size": batch, "micro_batch": batch}
+    ranks = max(1, torch.cuda.device_count())
+    workers = loaders.workers_per_rank(recipe.data, ranks)
+    sizes = {"batch_size": batch, "micro_batch": batch, "workers": workers, "on_bad_image": "replace"}
     small = recipe.model_copy(update={"data": recipe.data.model_copy(update=sizes)})
-    return step_bench.images_per_second(small, world, warm_up=1, steps=7 if on_gpu else 2)
+    return step_bench.with_and_without_loader(small, world, steps=7 if on_gpu else 3)
 
 
 def main() -> int:
@@ -140,13 +150,16 @@ def _keeps_up(recipe: Recipe) -> None:
         print(f"{'loader ' + name:18} {speed:,.0f} images/s")
     print("measuring the step (compiling it first, if the recipe compiles) ...", flush=True)
     ranks = max(1, torch.cuda.device_count())
-    need = step_speed(recipe) * ranks
-    print(f"{'step':18} {need:,.0f} images/s on {result['device']}" + (f" x {ranks}" if ranks > 1 else ""))
     best = result["best"]
-    verdict = "keeps up" if speeds[best] >= need else "is the bottleneck: more cores per GPU, or a .beton of raw pixels"
+    fastest = recipe.model_copy(update={"data": loaders.with_backend(recipe.data, best)})
+    need, together = (speed * ranks for speed in step_speeds(fastest))
+    print(f"{'step':18} {need:,.0f} images/s on {result['device']}" + (f" x {ranks}" if ranks > 1 else ""))
+    print(f"{'step with loader':18} {together:,.0f} images/s, both on the same cores")
+    lost = 1 - together / need
+    verdict = "keeps up" if lost < MOST_LOST else "is the bottleneck: more cores per GPU, or a .beton of raw pixels"
     other = "" if best == recipe.data.backend else f" (the recipe takes {recipe.data.backend}; set data.backend={best})"
-    print(f"{'verdict':18} the best loader here is {best}{other}; it gives {speeds[best] / need:.1f} x what the step "
-          f"takes and {verdict}")  # fmt: skip
+    print(f"{'verdict':18} the best loader here is {best}{other}; alone it gives {speeds[best] / need:.1f} x what the "
+          f"step takes, running beside it the step loses {max(0.0, lost):.0%}: it {verdict}")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,8 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import torch
+
+from engine.log import duration, logger
 
 WARM_UP = 6  # batches, more than any back end prefetches per worker and enough to get past its first ones
 _TICKS = os.sysconf("SC_CLK_TCK")
@@ -62,6 +65,41 @@ def interleave(candidates: Sequence[Candidate], *, batch: int, batches: int, rou
         if hasattr(iterator, "close"):
             iterator.close()
     return speeds
+
+
+class Progress:
+    """Lines about a measurement that takes minutes: where each part begins, and while one goes on.
+
+    Args:
+        parts: how many there will be; time left is counted as if they took equally long.
+        every: seconds between two lines while a part goes on.
+    """
+
+    def __init__(self, parts: int, every: float = 20.0) -> None:
+        self.parts, self.every = parts, every
+        self._begun, self._what, self._started = 0, "", time.perf_counter()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._remind, daemon=True)
+
+    def begin(self, what: str) -> None:
+        """The next part begins."""
+        self._begun, self._what = self._begun + 1, what
+        seconds, done = time.perf_counter() - self._started, self._begun - 1
+        left = f", about {duration(seconds / done * (self.parts - done))} left" if done else ""
+        logger.info(f"[{self._begun} of {self.parts}] {what}{left}")
+
+    def _remind(self) -> None:
+        while not self._over.wait(self.every):
+            if self._what:
+                logger.info(f"    {self._what}: {duration(time.perf_counter() - self._started)} since the start")
+
+    def __enter__(self) -> Progress:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
 
 
 def cpu_seconds() -> float:

@@ -18,7 +18,16 @@ from torch import Tensor, nn
 
 import loaders
 from engine import dist, faults
-from engine.bench.clock import Ceilings, Phases, ceilings, cpu_seconds, median_range, quantiles
+from engine.bench.clock import (
+    WARM_UP,
+    Ceilings,
+    Phases,
+    Progress,
+    ceilings,
+    cpu_seconds,
+    median_range,
+    quantiles,
+)
 from engine.bench.variants import Resident, Variant, gate, half_way, variants
 from engine.dist import World
 from engine.errors import first_line
@@ -115,6 +124,26 @@ def images_per_second(recipe: Recipe, world: World, *, warm_up: int, steps: int)
     running = Running(Variant("as it stands", "", recipe), world)
     running.run(warm_up)
     return 1000 * recipe.data.batch_size / median(sum(step.values()) for step in running.run(steps))
+
+
+def with_and_without_loader(recipe: Recipe, world: World, *, steps: int) -> tuple[float, float]:
+    """Speed of a recipe's step on this rank, on batches that stay on the device and fed by its loader, which then works
+    on the same cores. The loader's first batches, made while nothing trained, do not count."""
+    running = Running(Variant("as it stands", "", recipe), world)
+    index = loaders.open_data(recipe.data, "train")
+    running.run(1)
+    alone = running.run(steps)
+    loader = loaders.open_train(
+        recipe.data, index, seed=recipe.seed, place=world.place, dtype=running.trainer.amp_dtype
+    )
+    try:
+        running.run(WARM_UP, loader)
+        fed = running.run(2 * steps, loader)
+    finally:
+        loader.close()
+    batch = recipe.data.batch_size
+    waits = sum(sum(step.values()) for step in fed) / len(fed)  # a mean: every n-th step may wait for all n
+    return 1000 * batch / median(sum(step.values()) for step in alone), 1000 * batch / waits
 
 
 def saved_bytes(trainer: Trainer, batch: Batch) -> int:
@@ -236,7 +265,9 @@ def measure(
     with dist.group(recipe.run.device, recipe.run.timeout_seconds) as world:
         chosen = variants(recipe, world.device)
         chosen = [variant for variant in chosen if not only or variant.is_reference or variant.name in only]
-        return _measure(recipe, mode, world, chosen, steps, rounds, warm_up, checks, keep)
+        parts = checks + len(chosen) + rounds + 1 + (1 + rounds if mode == "train" else 0)
+        with Progress(parts) as progress:
+            return _measure(recipe, mode, world, chosen, steps, rounds, warm_up, checks, keep, progress)
 
 
 def _measure(
@@ -249,11 +280,14 @@ def _measure(
     warm_up: int,
     checks: bool,
     keep: Callable[[Result], None],
+    progress: Progress,
 ) -> Result:
     device = world.device
     method, sizes = methods.on_meta(recipe.method), [view.size for view in recipe.data.views]
     flops = cost.training_flops(method, sizes)
     logger.info(f"{recipe.name}: {len(chosen)} variants of the step on {device}: {', '.join(v.name for v in chosen)}")
+    if checks:
+        progress.begin("checking the variants against the reference in float64")
     result = Result(
         mode=mode,
         recipe=recipe.name,
@@ -272,7 +306,7 @@ def _measure(
     for number, variant in enumerate(chosen, 1):
         started = time.perf_counter()
         how = "compiling and warming up" if variant.recipe.run.compile else "warming up"
-        logger.info(f"{how} {variant.name} ({number} of {len(chosen)})")
+        progress.begin(f"{how} {variant.name} ({number} of {len(chosen)})")
         try:
             one, numbers = _warm_up(variant, world, warm_up)
         except Exception as error:
@@ -286,13 +320,13 @@ def _measure(
         details.append(numbers)
         logger.info(f"{variant.name} is ready after {duration(time.perf_counter() - started)}")
     for number in range(rounds):
-        logger.info(f"timing round {number + 1} of {rounds}")
+        progress.begin(f"timing round {number + 1} of {rounds}")
         for one in running:
             one.blocks.append(one.run(steps))
         for one, numbers in zip(running, details, strict=True):
             result.variants[one.variant.name] = _timing(one, running[0], result, numbers)
         keep(result)
-    logger.info("timing the augmentation")
+    progress.begin("timing the augmentation")
     for one in running:
         fed = one.run(steps, Augmented(one))
         result.variants[one.variant.name].phases_ms["augment"] = median(step["augment"] for step in fed)
@@ -300,7 +334,7 @@ def _measure(
         fastest = max(
             running, key=lambda one: result.variants[one.variant.name].images_per_second * one.variant.same_maths
         )
-        result.train = _with_loader(recipe, fastest, world, steps, rounds, warm_up)
+        result.train = _with_loader(recipe, fastest, world, steps, rounds, warm_up, progress)
         result.verdict = verdict(result.train) if device.type == "cuda" else "none: a CPU's times are ratios only"
     keep(result)
     return result
@@ -362,7 +396,9 @@ def _paired_ratios(slow: list[list[dict[str, float]]], fast: list[list[dict[str,
     return [of(a) / of(b) for a, b in zip(slow, fast, strict=True)]
 
 
-def _with_loader(recipe: Recipe, one: Running, world: World, steps: int, rounds: int, warm_up: int) -> WithLoader:
+def _with_loader(
+    recipe: Recipe, one: Running, world: World, steps: int, rounds: int, warm_up: int, progress: Progress
+) -> WithLoader:
     batch, micro_steps = recipe.data.batch_size, one.trainer.micro_steps
     index = loaders.open_data(recipe.data, "train")
     loader = loaders.open_train(recipe.data, index, seed=recipe.seed, place=world.place, dtype=one.trainer.amp_dtype)
@@ -374,12 +410,13 @@ def _with_loader(recipe: Recipe, one: Running, world: World, steps: int, rounds:
     busy: list[float] = []
     one.run(warm_up, loader)
     for number in range(rounds):
-        logger.info(f"with and without the loader, round {number + 1} of {rounds}")
+        progress.begin(f"with and without the loader, round {number + 1} of {rounds}")
         resident += [sum(step.values()) for step in one.run(steps)]
         augmented += [sum(step.values()) for step in one.run(steps, crops)]
         cpu, started = cpu_seconds(), time.perf_counter()
         fed += one.run(steps, loader)
         busy.append((cpu_seconds() - cpu) / (time.perf_counter() - started))
+    progress.begin("the loader alone")
     for _ in range(rounds):
         started = time.perf_counter()
         for _ in range(steps * micro_steps):
