@@ -76,8 +76,8 @@ class DataConfig(Strict):
     val: str | None = None
     """The same for validation, with labels."""
     labels: Literal["auto", "none"] | None = None
-    """`none`: no image has a label, and nothing of the layout is taken for one. `auto`: labels as the layout has them.
-    Not set, it is `auto`, but that a folder with both images and folders of images is refused."""
+    """Of `train` and `val`. `none`: no image has a label, and nothing of the layout is taken for one. `auto`: labels as
+    the layout has them. Not set, it is `auto`, but that a folder with both images and folders of images is refused."""
     expect_images: int | None = Field(default=None, ge=1)
     """Number of training images the recipe was written for, those in quarantine included: a data set of another
     size is refused."""
@@ -272,7 +272,7 @@ def open_data(config: DataConfig, split: Literal["train", "val"], *, asks_labels
     root = getattr(config, split)
     if root is None:
         raise DataError(f"data.{split}: not set; expected a folder of images, or what else data.{split} takes")
-    index = open_root(config, root, asks_labels=asks_labels)
+    index = open_root(config, root, labels=config.labels, asks_labels=asks_labels)
     if split == "train" and len(index) < config.batch_size:
         raise DataError(
             f"{root}: {len(index)} images are fewer than data.batch_size {config.batch_size}; "
@@ -281,17 +281,26 @@ def open_data(config: DataConfig, split: Literal["train", "val"], *, asks_labels
     return index
 
 
-def open_root(config: DataConfig, root: str, *, asks_labels: bool) -> Index:
-    """Index any data set, as `config` says it of its own.
+def open_root(
+    config: DataConfig, root: str, *, labels: Literal["auto", "none"] | None = None, asks_labels: bool
+) -> Index:
+    """Index any data set.
+
+    Args:
+        config: what is left out, and what is too large.
+        labels: as `data.labels`.
+        asks_labels: whether anything will use the labels.
 
     Raises:
         DataError: it is missing or not laid out as expected, or has no labels though they are asked for.
     """
     quarantine = Path(config.quarantine) if config.quarantine else None
-    request = Request(config.max_pixels, config.labels, asks_labels)
+    request = Request(config.max_pixels, labels, asks_labels)
     index = sources.open_index(Path(root), request, quarantine=quarantine)
     if asks_labels and not index.is_labeled:
         one = f"is all of one class, {index.classes[0]!r}" if index.classes else "has no labels"
+        if labels == "none":
+            one = "has no labels, as data.labels says"
         raise DataError(f"{root}: {one}; expected one folder of images per class, or a list or shards with labels")
     return index
 

@@ -395,10 +395,13 @@ def test_pretraining_needs_no_label_and_resumes_exactly(flat, tmp_path):
     assert not any("evaluation" in row for row in rows(whole))
 
 
-def test_evaluations_have_labeled_images_of_their_own(flat, tmp_path):
+@pytest.mark.parametrize("labels", ["null", "none"])
+def test_evaluations_have_labeled_images_of_their_own(labels, flat, tmp_path):
     labeled = write_tree(tmp_path / "labeled")
     evals = json.dumps([{"kind": "knn", "every": "2it", "train": str(labeled), "val": str(labeled), "neighbors": 1}])
-    recipe = tiny("quick/burn_stage1.yaml", tmp_path / "runs", *overrides(flat, f"evals={evals}"))
+    recipe = tiny(
+        "quick/burn_stage1.yaml", tmp_path / "runs", *overrides(flat, f"evals={evals}", f"data.labels={labels}")
+    )
     run(recipe)
     scores = [row for row in rows(recipe) if row.get("evaluation") == "knn"]
     assert scores and scores[-1]["measured"] == 24 and scores[-1]["top1"] > 99  # each is its own neighbor
