@@ -6,9 +6,11 @@ from __future__ import annotations
 import ctypes
 import errno
 import io
+import logging
 import os
 import stat
 import threading
+import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -31,6 +33,8 @@ THREADS = 64
 _FOUND, _OTHER, _EMPTY, _IRREGULAR = 0, 1, 2, 3  # what the core says of a row; less is an errno
 _EVERY = 0.5  # seconds between two looks at the progress
 _MANY = 10_000  # images from which on progress is shown
+_SAID_EVERY = 30  # seconds between two lines of it in a log
+logger = logging.getLogger("burn.loaders")
 
 
 class _Job(ctypes.Structure):
@@ -283,13 +287,19 @@ def _by_core(
         for _ in range(min(threads, -(-count // 64)))
     ]
     bar = tqdm(total=count, desc=title, unit=" images", disable=None if title and count >= _MANY else True)
+    started = said = time.monotonic()
     try:
         for worker in workers:
             worker.start()
         for worker in workers:
             while worker.is_alive():
                 worker.join(_EVERY)
-                bar.update(min(job.next, count) - bar.n)
+                done = min(job.next, count)
+                bar.update(done - bar.n)
+                if title and count >= _MANY and time.monotonic() - said >= _SAID_EVERY:
+                    said = time.monotonic()
+                    left = (said - started) * (count - done) / max(done, 1)
+                    logger.info(f"{title}: {done:,} of {count:,} images, {left:.0f} s left")
     finally:
         job.next = count
         for worker in workers:
