@@ -738,7 +738,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 def slope(sizes: list[int], values: list[float]) -> float:
     """Exponent of growth: least squares over logarithms."""
-    return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
+    return round(float(np.polyfit(np.log(sizes), np.log(values), 1)[0]), 2) + 0.0  # no "-0.00"
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
