@@ -25,6 +25,7 @@ import json
 import mmap
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -270,8 +271,33 @@ def read_shards(root: str, order: str, window: int, batches: int) -> dict[str, A
     }
 
 
+def count_seeks(root: str, order: str, window: int, batches: int) -> dict[str, Any]:
+    """What the order asks of a disk on which the shards lie one after the other; counted, not timed."""
+    config = shard_config(root, order, window)
+    index = loaders.open_data(config, "train")
+    pieces = index.pieces
+    assert pieces is not None
+    stream = Stream(index, config.views, 0, window=window if order == "blocks" else None)
+    _, rows = stream.images(range(batches * BATCH))
+    sizes = [os.path.getsize(file) for file in pieces.files]
+    at = np.concatenate(([0], np.cumsum(sizes)))[pieces.file[rows]] + pieces.offset[rows]
+    distance = np.abs(at[1:] - (at + pieces.length[rows])[:-1])
+    chunks = [rows[first : first + 1000] for first in range(0, len(rows), 1000)]
+    touched = [len(np.unique(pieces.file[chunk])) for chunk in chunks]
+    read = [int(pieces.length[chunk].sum()) for chunk in chunks]
+    return {
+        "seek_mb": float(distance.mean() / 1e6),
+        "shards_per_1000_images": float(np.mean(touched)),
+        "mb_per_touched_shard": float(
+            np.mean([size / number for size, number in zip(read, touched, strict=True)]) / 1e6
+        ),
+        "image_bytes": float(pieces.length[rows].mean()),
+    }
+
+
 CHILDREN: dict[str, Callable[..., dict[str, Any]]] = {
     "start": start, "traced_start": traced_start, "kept": kept, "plans": plans, "read_shards": read_shards,
+    "count_seeks": count_seeks,
 }  # fmt: skip
 
 
@@ -455,30 +481,6 @@ def shards_round(folder: Path, place: Path, order: str, window: int, batches: in
     return {"resident_before": resident, **result_of(words, place / "cache-shards")}
 
 
-def count_seeks(folder: Path, order: str, window: int, batches: int) -> dict[str, Any]:
-    """What the order asks of a disk on which the shards lie one after the other; counted, not timed."""
-    config = shard_config(str(folder), order, window)
-    index = loaders.open_data(config, "train")
-    pieces = index.pieces
-    assert pieces is not None
-    stream = Stream(index, config.views, 0, window=window if order == "blocks" else None)
-    _, rows = stream.images(range(batches * BATCH))
-    sizes = [os.path.getsize(file) for file in pieces.files]
-    at = np.concatenate(([0], np.cumsum(sizes)))[pieces.file[rows]] + pieces.offset[rows]
-    distance = np.abs(at[1:] - (at + pieces.length[rows])[:-1])
-    chunks = [rows[first : first + 1000] for first in range(0, len(rows), 1000)]
-    touched = [len(np.unique(pieces.file[chunk])) for chunk in chunks]
-    read = [int(pieces.length[chunk].sum()) for chunk in chunks]
-    return {
-        "seek_mb": float(distance.mean() / 1e6),
-        "shards_per_1000_images": float(np.mean(touched)),
-        "mb_per_touched_shard": float(
-            np.mean([size / number for size, number in zip(read, touched, strict=True)]) / 1e6
-        ),
-        "image_bytes": float(pieces.length[rows].mean()),
-    }
-
-
 # ------------------------------------------------------------------------------------------------ the plan
 
 
@@ -571,16 +573,18 @@ def shard_steps(place: Path, count: int, megabytes: float, window: int, rounds: 
 
     def make() -> dict[str, Any]:
         images.update(make_shards(folder, count, megabytes))
-        os.environ["XDG_CACHE_HOME"] = str(place / "cache-shards")
-        loaders.open_data(shard_config(str(folder), "full", window), "train")
         return images
+
+    def counted(order: str) -> dict[str, Any]:  # the first one also fills the cache: later starts touch no shard
+        words = command("count_seeks", root=str(folder), order=order, window=window, batches=batches())
+        return result_of(words, place / "cache-shards")
 
     def batches() -> int:
         return max(1, images["images"] // 2 // BATCH)
 
     yield Step("make shards", 0, 0, count * megabytes / 40, make)
     for order in ("full", "blocks"):
-        yield Step(f"counted {order}", 0, 0, 1, lambda order=order: count_seeks(folder, order, window, batches()))
+        yield Step(f"counted {order}", 0, 0, 6, lambda order=order: counted(order))
     for cold in (True, False):
         for n in range(rounds):
             for order in ("full", "blocks"):
@@ -832,6 +836,7 @@ def main(words: list[str] | None = None) -> int:
             parser.error("expected sizes of 1,000 or more, and a round")
         sizes = sorted(set(arguments.sizes))
         rows = sorted({*sizes, *arguments.simulated})
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # nothing is left behind then either
         with tempfile.TemporaryDirectory(prefix="scale-", dir=arguments.folder) as folder:
             place = Path(folder)
             of_part = {
