@@ -282,7 +282,7 @@ def stored(index: Index, path: Path | None, stamp: str = "") -> Index:
     except OSError:
         return index  # no place at all: every process has its own
     mapped = open_file(Path(name), max_pixels=index.max_pixels, root=index.root, trusted=True)
-    weakref.finalize(mapped, _forget, name)
+    weakref.finalize(mapped.names, _forget, name)  # which the same images in another place share
     return mapped
 
 

@@ -7,6 +7,7 @@ import random
 import resource
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +20,13 @@ from loaders.config import Request
 from loaders.decode import read_header
 from loaders.errors import BadImage
 from loaders.index import Index, Names
+from loaders.sampler import Stream
 from loaders.sources import open_index
+from loaders.views import View
 from tests.images import jpeg, odd_files, picture, write_tree
 from tests.loading import FILES, config, equal, needs, open_train, take
-from tests.processes import run_ranks, tool
-from tests.tiny import ROOT, tiny
+from tests.processes import PATIENCE, run_ranks, start_process, tool
+from tests.tiny import tiny
 
 REQUEST = Request(10**8)
 
@@ -341,12 +344,7 @@ def few_files(root):
 
 def test_few_open_files_are_enough(tmp_path):
     needs("turbo")
-    from tests.processes import PATIENCE, start_process
-
-    root = _many(tmp_path / "data", 8000)
-    process = start_process(few_files, str(root))
-    process.join(PATIENCE)
-    assert process.exitcode == 0
+    in_a_process(few_files, _many(tmp_path / "data", 8000))
 
 
 def _many(root, count):
@@ -423,52 +421,63 @@ def write_large(path, count):
     index_file.write(index, path)
 
 
-PRIVATE = """
-import sys, resource
-from pathlib import Path
-from loaders import index_file
-from loaders.sampler import Stream
-from loaders.views import View
-def private():
+def anonymous():
+    """KiB that this process holds for itself."""
     return sum(int(line.split()[1]) for line in open("/proc/self/smaps_rollup") if line.startswith("Anonymous"))
-view = View(size=32, crop="random")
-index = index_file.open_file(Path(sys.argv[1]), max_pixels=10**8, trusted=True)
-Stream(index, [view], 0).plan(range(256))
-before = private()
-index = index_file.open_file(Path(sys.argv[2]), max_pixels=10**8, trusted=True)
-stream = Stream(index, [view], 0)
-for epoch in range(3):
-    stream.plan(range(epoch * len(index) - 100 * bool(epoch), epoch * len(index) + 156))
-print(private() - before, len(index))
-"""
+
+
+def hold_little(small, large):
+    view = View(size=32, crop="random")
+    index = index_file.open_file(Path(small), max_pixels=10**8, trusted=True)
+    Stream(index, [view], 0).plan(range(256))
+    before = anonymous()
+    index = index_file.open_file(Path(large), max_pixels=10**8, trusted=True)
+    stream = Stream(index, [view], 0)
+    for epoch in range(3):
+        stream.plan(range(epoch * len(index) - 100 * bool(epoch), epoch * len(index) + 156))
+    assert len(index) == 1_000_000 and anonymous() - before < 1500, anonymous() - before  # its columns have 60 MB
+
+
+def in_a_process(target, *arguments):
+    process = start_process(target, *map(str, arguments))
+    process.join(PATIENCE)
+    assert process.exitcode == 0
 
 
 def test_what_a_rank_holds_for_itself_does_not_grow_with_the_images(tmp_path):
     write_large(tmp_path / "small.index", 1000)
     write_large(tmp_path / "large.index", 1_000_000)
-    arguments = [sys.executable, "-c", PRIVATE, str(tmp_path / "small.index"), str(tmp_path / "large.index")]
-    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=True)
-    kib, count = map(int, done.stdout.split())
-    assert count == 1_000_000 and kib < 1500  # its columns have 60 MB
+    in_a_process(hold_little, tmp_path / "small.index", tmp_path / "large.index")
+
+
+def index_in_little(root, cache):
+    os.environ["XDG_CACHE_HOME"] = cache
+    tracemalloc.start()
+    index = open_index(Path(root), REQUEST)
+    assert len(index) == 30_000 and tracemalloc.get_traced_memory()[1] < 300 * len(index)
 
 
 def test_memory_while_indexing(tmp_path):
     needs("turbo")
-    root = _many(tmp_path / "data", 30_000)
-    code = f"""
-import resource, tracemalloc
-from pathlib import Path
-from loaders.config import Request
-from loaders.sources import open_index
-tracemalloc.start()
-index = open_index(Path({str(root)!r}), Request(10**8))
-print(tracemalloc.get_traced_memory()[1] / len(index))
-"""
-    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, env=environment
-    )
-    assert float(done.stdout) < 300
+    in_a_process(index_in_little, _many(tmp_path / "data", 30_000), tmp_path / "cache")
+
+
+def fit_through_a_temporary_index(root):
+    os.environ["XDG_CACHE_HOME"] = "/dev/null"  # no folder
+    index = open_index(Path(root), REQUEST)
+    there = loaders.place_of(index)
+    mapped = loaders.map_index(config("folder", Path(root)), there)  # as another rank does
+    assert mapped.fingerprint == index.fingerprint and mapped.content(0) == index.content(0)
+    del index
+    assert not there.file.exists() and mapped.content(1)
+
+
+def test_ranks_map_a_temporary_index(tmp_path):
+    root = write_tree(tmp_path / "data")
+    (tmp_path / "shards").mkdir()
+    subprocess.run(["tar", "-cf", tmp_path / "shards" / "a.tar", "-C", root, "."], check=True)
+    for place in (root, tmp_path / "shards"):
+        in_a_process(fit_through_a_temporary_index, place)
 
 
 @pytest.mark.parametrize("backend", FILES)

@@ -17,6 +17,7 @@ from loaders.index import Index, Names
 
 WHAT = "images"
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".tif", ".tiff", ".webp")
+_USUAL = {".jpg", ".JPG", ".png", ".PNG"}  # ends of most names: found without a lower-case copy
 _OF_THE_SYSTEM = {"lost+found", "@eaDir", "#recycle", "$RECYCLE.BIN", "__MACOSX", "System Volume Information"}
 """Folders that file systems and storage servers put beside the user's; some hold thumbnails."""
 
@@ -47,12 +48,16 @@ def open_index(root: Path, request: Request) -> Index:
 
     def names() -> Iterator[bytes]:  # many at a time: a million names one by one take a second
         if not has_classes:
-            yield _joined(loose)
+            yield _joined("", loose)
         for name in folders:
-            below = _images(root / name, f"{name}/")
-            below.sort()
-            counts.append(len(below))
-            yield _joined(below)
+            below = [(place, here) for place, here in _walk(root / name, f"{name}/") if here]
+            counts.append(sum(len(here) for _, here in below))
+            if len(below) == 1:
+                place, here = below[0]
+                here.sort()
+                yield _joined(place, here)
+            else:
+                yield _joined("", sorted(place + image for place, here in below for image in here))
 
     found = Names.of_parts(names())
     if not len(found):
@@ -73,8 +78,8 @@ def open_index(root: Path, request: Request) -> Index:
     return index_of(root, root, found, label, classes, reading, request)
 
 
-def _joined(names: list[str]) -> bytes:
-    return os.fsencode("\0".join(names) + "\0") if names else b""
+def _joined(place: str, names: list[str]) -> bytes:
+    return os.fsencode(place + f"\0{place}".join(names) + "\0") if names else b""
 
 
 def _inside(folder: str | Path) -> tuple[list[str], list[str]]:
@@ -84,11 +89,11 @@ def _inside(folder: str | Path) -> tuple[list[str], list[str]]:
         with os.scandir(folder) as entries:
             for entry in entries:  # one at a time: an entry takes three times as much memory as its name
                 name = entry.name
-                if name.startswith("."):
+                if name[0] == ".":
                     continue
-                if _is_folder(entry):
+                if not entry.is_file(follow_symlinks=False) and _is_folder(entry):
                     folders.append(name)
-                elif name.lower().endswith(EXTENSIONS):
+                elif name[-4:] in _USUAL or name.lower().endswith(EXTENSIONS):
                     images.append(name)
     except FileNotFoundError:
         raise DataError(f"{folder}: no such folder; expected images in it, or one folder of images per class") from None
@@ -117,14 +122,6 @@ def _walk(folder: str | Path, prefix: str, above: tuple[tuple[int, int], ...] = 
     yield prefix, images
     for name in folders:
         yield from _walk(os.path.join(folder, name), f"{prefix}{name}/", (*above, (here.st_dev, here.st_ino)))
-
-
-def _images(folder: str | Path, prefix: str) -> list[str]:
-    """Paths of all images in a folder and below it, `prefix` before each."""
-    found: list[str] = []
-    for place, names in _walk(folder, prefix):
-        found += [place + name for name in names]
-    return found
 
 
 def _has_image(folder: str | Path) -> bool:
