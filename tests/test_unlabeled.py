@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import shutil
+import subprocess
 import tarfile
 
 import numpy as np
@@ -171,6 +172,12 @@ def test_shards_without_labels(tmp_path):
     index = open_at(tmp_path / "s")
     assert found(index) == ["a.tar/x.jpg", "a.tar/y.png"] and index.label is None
     assert index.reading == "shards without labels"
+
+
+def test_a_shard_of_a_folder_itself_has_no_labels(flat, tmp_path):
+    subprocess.run(["tar", "-cf", tmp_path / "a.tar", "-C", flat, "."], check=True)  # its names are ./00.jpg
+    index = open_at(tmp_path / "a.tar")
+    assert len(index) == 24 and index.label is None
 
 
 @pytest.mark.parametrize("other", [{"d.jpg": PIXELS}, {"d.jpg": PIXELS, "e.cls": b"1"}])

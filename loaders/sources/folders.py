@@ -72,7 +72,8 @@ def open_index(root: Path, request: Request) -> Index:
         )
     classes = [name for name in folders if name not in set(empty)]
     label = np.repeat(np.arange(len(classes), dtype=np.int32), [count for count in counts if count])
-    reading = f"{len(classes)} folders as classes (data.labels=none: the same images without labels)"
+    number = "one folder as the only class" if len(classes) == 1 else f"{len(classes)} folders as classes"
+    reading = f"{number} (data.labels=none: the same images without labels)"
     if loose:
         reading += f", without the {len(loose)} images beside them"
     return index_of(root, root, found, label, classes, reading, request)

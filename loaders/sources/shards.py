@@ -165,7 +165,7 @@ def _index_of(root: Path, shards: list[bytes], request: Request) -> Index:
         problems={},
         max_pixels=request.max_pixels,
         pieces=pieces,
-        reading=f"shards with {len(classes)} classes" if has_labels else "shards without labels",
+        reading=f"shards, classes: {len(classes)}" if has_labels else "shards without labels",
     )
     return headers.with_facts(index, facts)
 
@@ -219,7 +219,7 @@ def _scan(shard: bytes) -> _Shard:
         raise DataError(f"{path}: is not a whole tar file: {error}") from None
     members = []
     for name in _one_of_each_sample(images, left_out):
-        word = _label_of(name, labels) if labels else posixpath.basename(posixpath.dirname(name)) or None
+        word = _label_of(name, labels) if labels else _folder_name(name)
         members.append(_Member(name.split("\0")[0], word, *images[name]))
     return _Shard(members, left_out)
 
@@ -243,6 +243,11 @@ def _one_of_each_sample(images: dict[str, tuple[int, int]], left_out: list[str])
             left_out.append(f"{name} (belongs to {plain[0]})")
         else:
             yield name
+
+
+def _folder_name(name: str) -> str | None:
+    """Of the folder that a member lies in; `./a.jpg` lies in none."""
+    return posixpath.basename(posixpath.dirname(posixpath.normpath(name))) or None
 
 
 def _label_of(name: str, labels: dict[str, str]) -> str | None:
