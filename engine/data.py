@@ -57,14 +57,19 @@ def open_here(recipe: Recipe) -> dict[str, Index]:
 
 def _wanted(recipe: Recipe) -> dict[str, Callable[[], Index]]:
     """Name -> what opens it."""
-    of_evals = [(name, which) for e in range(len(recipe.evals)) for which, name in names_of(recipe, e).items()]
-    asked = {name for name, _ in of_evals} | ({"train"} if recipe.method.needs_labels else set())
+    asks = {
+        name: f"evals.{number} ({config.kind}; evals=[] goes without)"
+        for number, config in enumerate(recipe.evals)
+        for name in names_of(recipe, number).values()
+    }
+    if recipe.method.needs_labels:
+        asks["train"] = f"method {recipe.method.name}"
     wanted: dict[str, Callable[[], Index]] = {}
-    for name in dict.fromkeys(["train", *sorted(asked)]):
+    for name in dict.fromkeys(["train", *sorted(asks)]):
         if (root := _own_root(recipe, name)) is not None:
-            wanted[name] = partial(loaders.open_root, recipe.data, root, asks_labels=True)
+            wanted[name] = partial(loaders.open_root, recipe.data, root, for_labels=asks[name])
         else:
-            wanted[name] = partial(loaders.open_data, recipe.data, name, asks_labels=name in asked)  # type: ignore[arg-type]
+            wanted[name] = partial(loaders.open_data, recipe.data, name, for_labels=asks.get(name, ""))  # type: ignore[arg-type]
     return wanted
 
 

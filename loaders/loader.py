@@ -257,11 +257,11 @@ class Loader:
         self._batches = iter(())  # torch's DataLoader ends its workers when its iterator goes
 
 
-def open_data(config: DataConfig, split: Literal["train", "val"], *, asks_labels: bool = False) -> Index:
+def open_data(config: DataConfig, split: Literal["train", "val"], *, for_labels: str = "") -> Index:
     """Index a split of the data set.
 
     Args:
-        asks_labels: whether anything will use the labels.
+        for_labels: what will use the labels, for the message where there are none; "" if nothing does.
 
     Raises:
         DataError: it is not named, missing, not laid out as expected, smaller than one training batch, or without
@@ -272,7 +272,7 @@ def open_data(config: DataConfig, split: Literal["train", "val"], *, asks_labels
     root = getattr(config, split)
     if root is None:
         raise DataError(f"data.{split}: not set; expected a folder of images, or what else data.{split} takes")
-    index = open_root(config, root, labels=config.labels, asks_labels=asks_labels)
+    index = open_root(config, root, labels=config.labels, for_labels=for_labels)
     if split == "train" and len(index) < config.batch_size:
         raise DataError(
             f"{root}: {len(index)} images are fewer than data.batch_size {config.batch_size}; "
@@ -282,26 +282,29 @@ def open_data(config: DataConfig, split: Literal["train", "val"], *, asks_labels
 
 
 def open_root(
-    config: DataConfig, root: str, *, labels: Literal["auto", "none"] | None = None, asks_labels: bool
+    config: DataConfig, root: str, *, labels: Literal["auto", "none"] | None = None, for_labels: str = ""
 ) -> Index:
     """Index any data set.
 
     Args:
         config: what is left out, and what is too large.
         labels: as `data.labels`.
-        asks_labels: whether anything will use the labels.
+        for_labels: what will use the labels, for the message where there are none; "" if nothing does.
 
     Raises:
         DataError: it is missing or not laid out as expected, or has no labels though they are asked for.
     """
     quarantine = Path(config.quarantine) if config.quarantine else None
-    request = Request(config.max_pixels, labels, asks_labels)
+    request = Request(config.max_pixels, labels, asks_labels=bool(for_labels))
     index = sources.open_index(Path(root), request, quarantine=quarantine)
-    if asks_labels and not index.is_labeled:
+    if for_labels and not index.is_labeled:
         one = f"is all of one class, {index.classes[0]!r}" if index.classes else "has no labels"
         if labels == "none":
             one = "has no labels, as data.labels says"
-        raise DataError(f"{root}: {one}; expected one folder of images per class, or a list or shards with labels")
+        raise DataError(
+            f"{root}: {one}, and {for_labels} needs labels; expected one folder of images per class, or a list or "
+            "shards with labels"
+        )
     return index
 
 

@@ -300,7 +300,7 @@ def test_layout_errors_name_the_folder(tmp_path):
     write_tree(tmp_path / "data")
     (tmp_path / "data" / "hollow").mkdir()
     with pytest.raises(DataError, match=r"hollow: class without images"):
-        loaders.open_data(config("folder", tmp_path / "data"), "train", asks_labels=True)
+        loaders.open_data(config("folder", tmp_path / "data"), "train", for_labels="k-NN")
     assert len(loaders.open_data(config("folder", tmp_path / "data"), "train")) == 24  # nobody asks
 
 
