@@ -23,8 +23,9 @@ def open_indices(recipe: Recipe, world: World) -> dict[str, Index]:
         DataError: they cannot be used, or do not fit the recipe.
         RankError: on another rank.
     """
-    is_reader = world.local_rank == 0
-    first = dist.together(lambda: open_here(recipe) if is_reader else None)
+    first = dist.together(lambda: open_here(recipe) if world.local_rank == 0 else None)
+    if first:
+        _say(recipe, first)
     places = dist.gather_objects({name: loaders.place_of(index) for name, index in first.items()} if first else {})
     ours = places[world.rank - world.local_rank]  # of this machine's reader
     return dist.together(lambda: first or _map(recipe, ours))
@@ -104,7 +105,6 @@ def sets_of(recipe: Recipe, number: int, indices: dict[str, Index]) -> dict[str,
 
 def _check(recipe: Recipe, indices: dict[str, Index]) -> None:
     train = indices["train"]
-    logger.info(f"data.train: {recipe.data.train or train.root}: {len(train):,} images, {train.reading or 'noise'}")
     expected = recipe.data.expect_images
     count = len(train) + train.quarantined
     if expected is not None and count != expected:
@@ -119,14 +119,23 @@ def _check(recipe: Recipe, indices: dict[str, Index]) -> None:
             recipe.method.check_classes(len(train.classes))
         except ValueError as error:
             raise DataError(f"{train.root}: {len(train.classes)} classes, {error}") from None
-    for name, index in indices.items():
+    if train.problems and recipe.data.on_bad_image == "stop":
+        raise DataError(f"{_unusable(train)}; remove or repair them, or set data.on_bad_image=replace")
+
+
+def _say(recipe: Recipe, indices: dict[str, Index]) -> None:
+    """What each machine's reader has to say once: how the images were read, and how many cannot be used."""
+    train = indices["train"]
+    logger.info(f"data.train: {recipe.data.train or train.root}: {len(train):,} images, {train.reading or 'noise'}")
+    for index in indices.values():
         if index.problems:
-            row, reason = next(iter(index.problems.items()))
-            text = f"{index.root}: {len(index.problems)} of {len(index)} images are unusable, the first is "
-            text += f"{index.path(row)}: {reason}"
-            if name == "train" and recipe.data.on_bad_image == "stop":
-                raise DataError(f"{text}; remove or repair them, or set data.on_bad_image=replace")
-            logger.warning(text)
+            logger.warning(_unusable(index))
+
+
+def _unusable(index: Index) -> str:
+    row, reason = next(iter(index.problems.items()))
+    count = f"{len(index.problems)} of {len(index)} images"
+    return f"{index.root}: {count} are unusable, the first is {index.path(row)}: {reason}"
 
 
 def _check_classes(config: EvalConfig, train: Index, sets: dict[str, Index]) -> None:

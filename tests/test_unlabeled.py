@@ -451,5 +451,5 @@ def test_a_run_says_how_it_read_its_images(flat, tmp_path, caplog):
     sizes = ["data.batch_size=8", "data.micro_batch=8"]
     recipe = recipes.load(ROOT / "recipes/quick/burn_stage1.yaml", [*overrides(flat), "evals=[]", *sizes])
     with caplog.at_level(logging.INFO, logger="burn"):
-        run_data.open_here(recipe)
+        run_data.open_indices(recipe, dist.start("cpu", 60))
     assert f"data.train: {flat}: 24 images, images without labels" in caplog.messages
