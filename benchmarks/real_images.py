@@ -56,7 +56,6 @@ def run(folder: Path) -> dict[str, Any] | None:
         "duration": recipe.run.duration,
         "amp": recipe.run.amp,
         "images": trained[-1]["images"],
-        "seconds": trained[-1]["seconds"],
         "images_per_second": statistics.median(row["images_per_second"] for row in trained),
         "watched": {name: trained[-1][name] for name in WATCHED if name in trained[-1]},
         "evaluations": {
@@ -80,22 +79,21 @@ def collect(folder: Path) -> dict[str, Any]:
 def table(rows: dict[str, Any]) -> str:
     """One set in Markdown."""
     lines = [
-        "| network | linear, standardized | logistic regression | k-NN | images seen | minutes |",
-        "|---|---|---|---|---|---|",
+        "| network | linear, standardized | logistic regression | k-NN | images seen |",
+        "|---|---|---|---|---|",
     ]
     probes = {name: both["linear"]["evaluations"] for name, both in rows.items() if both["linear"]}
     if probes:
         usual = probes.get("burn_stage2") or next(iter(probes.values()))
         baselines = usual["baselines"]
-        lines.append(f"| raw pixels | | {baselines['pixels_top1']:.1f} | {baselines['pixels_knn']:.1f} | | |")
-        lines.append(f"| random weights, all binary | | {baselines['random_top1']:.1f} | | | |")
+        lines.append(f"| raw pixels | | {baselines['pixels_top1']:.1f} | {baselines['pixels_knn']:.1f} | |")
+        lines.append(f"| random weights, all binary | | {baselines['random_top1']:.1f} | | |")
     for name, both in rows.items():
         scores, evaluations = probes.get(name), both["run"]["evaluations"]
         linear = f"{scores['accuracy']['top1']:.1f}" if scores else ""
         logistic = f"{scores['baselines']['logistic_top1']:.1f}" if scores else ""
         lines.append(
-            f"| {ROWS[name]} | {linear} | {logistic} | {evaluations['knn']['top1']:.1f} | {both['run']['images']:,} | "
-            f"{both['run']['seconds'] / 60:.1f} |"
+            f"| {ROWS[name]} | {linear} | {logistic} | {evaluations['knn']['top1']:.1f} | {both['run']['images']:,} |"
         )
     return "\n".join(lines)
 
