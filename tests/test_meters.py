@@ -26,6 +26,10 @@ def test_every_scalar_that_is_logged_is_explained(tmp_path):
         )
         run(recipe)
         logged |= {name for row in rows(recipe) for name in row} - {"evaluation"}
+    evals = "evals=[{kind: baselines, every: 1it}]"
+    recipe = tiny("quick/linear.yaml", tmp_path / "baselines", "run.duration=1it", evals)
+    run(recipe)
+    logged |= {name for row in rows(recipe) for name in row} - {"evaluation"}
     from engine.log import TIMING
 
     logged |= set(TIMING)
