@@ -154,7 +154,7 @@ def refreshed(index: Index, base: Path) -> Index:
         _read(f"indexing {index.root}", _Places(folder, index.names), facts, rows)
     finally:
         os.close(folder)
-    return with_facts(replace(index, file=None), facts)
+    return replace(index, file=None, **columns(facts, index.max_pixels))
 
 
 def changed_files(index: Index) -> list[str]:
@@ -184,18 +184,18 @@ def changed_files(index: Index) -> list[str]:
     ]
 
 
-def with_facts(index: Index, facts: Facts) -> Index:
-    """The index with what was read of its images."""
-    sizes = {"size": facts.size, "modified": facts.modified} if len(facts.size) else {}
-    return replace(
-        index,
-        width=facts.width,
-        height=facts.height,
-        format=facts.format,
-        problems=facts.problems | too_large(facts.width, facts.height, index.max_pixels),
-        unread=frozenset(facts.unread),
-        **sizes,  # type: ignore[arg-type]
-    )
+def columns(facts: Facts, max_pixels: int) -> dict[str, Any]:
+    """The fields of an `Index` that come from the headers."""
+    return {
+        "width": facts.width,
+        "height": facts.height,
+        "format": facts.format,
+        "size": facts.size if len(facts.size) else None,
+        "modified": facts.modified if len(facts.size) else None,
+        "problems": facts.problems | too_large(facts.width, facts.height, max_pixels),
+        "unread": frozenset(facts.unread),
+        "max_pixels": max_pixels,
+    }
 
 
 def _open(path: Path) -> int:

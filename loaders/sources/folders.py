@@ -163,11 +163,7 @@ def index_of(
         classes=classes,
         names=names,
         label=label,
-        width=facts.width,
-        height=facts.height,
-        format=facts.format,
-        problems={},
-        max_pixels=request.max_pixels,
         reading=reading,
+        **headers.columns(facts, request.max_pixels),
     )
-    return index_file.stored(headers.with_facts(index, facts), path, stamp)
+    return index_file.stored(index, path, stamp)

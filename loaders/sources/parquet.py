@@ -173,20 +173,15 @@ def _unpacked(root: Path, files: list[bytes], copy: Path, request: Request) -> I
         np.frombuffer(length, dtype=np.int64),
     )
     facts = headers.of_pieces(root, pieces)
-    index = Index(
+    return Index(
         root=root,
         classes=classes,
         names=Names.of(names_of),
         label=label,
-        width=facts.width,
-        height=facts.height,
-        format=facts.format,
-        problems={},
-        max_pixels=request.max_pixels,
         pieces=pieces,
         reading=f"Parquet with {len(classes)} classes" if label is not None else "Parquet without labels",
+        **headers.columns(facts, request.max_pixels),
     )
-    return headers.with_facts(index, facts)
 
 
 def _labels(root: Path, words: list[Any], column: _Column | None) -> tuple[list[str], Any]:

@@ -154,20 +154,15 @@ def _index_of(root: Path, shards: list[bytes], request: Request) -> Index:
     has_labels = bool(words) and request.labels != "none"
     classes, label = words.numbered() if has_labels else ([], None)
     facts = headers.of_pieces(root, pieces)
-    index = Index(
+    return Index(
         root=_folder_of(shards),
         classes=classes,
         names=found,
         label=label,
-        width=facts.width,
-        height=facts.height,
-        format=facts.format,
-        problems={},
-        max_pixels=request.max_pixels,
         pieces=pieces,
         reading=f"shards, classes: {len(classes)}" if has_labels else "shards without labels",
+        **headers.columns(facts, request.max_pixels),
     )
-    return headers.with_facts(index, facts)
 
 
 def _some(names: list[str]) -> str:
