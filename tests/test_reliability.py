@@ -445,7 +445,7 @@ def test_metrics_of_a_killed_run_stay_readable(tmp_path):
     [
         (["recipes/nowhere.yaml"], 2, "recipes/nowhere.yaml: no such file"),
         (["recipes/burn_stage2.yaml", "method.temprature=1"], 2, "did you mean 'temperature'"),
-        (["recipes/burn_stage2.yaml"], 2, "data.train: no folder data/imagenet/train"),
+        (["recipes/burn_stage2.yaml"], 2, "data.train: no folder or file data/imagenet/train"),
         (["recipes/burn_stage2.yaml", "--dry-run"], 0, ""),
         (["recipes/quick/linear.yaml", "init.0.from=nowhere", "data.backend=synthetic"], 2, "init.0.from: nowhere"),
     ],
