@@ -133,12 +133,10 @@ def of_pieces(root: Path, pieces: Pieces) -> Facts:
 def refreshed(index: Index, base: Path) -> Index:
     """An index of files in which every file that has changed, or could not be read before, was read again; the same
     index where there is none."""
-    assert index.size is not None and index.modified is not None
     folder = _open(base)
     try:
-        now = Facts.empty(len(index), are_files=True)
-        _stat(_Places(folder, index.names), now, f"looking at {index.root}")
-        changed = {*np.flatnonzero((now.size != index.size) | (now.modified != index.modified)).tolist(), *index.unread}
+        now, rows_changed = _changed(index, folder)
+        changed = {*rows_changed, *index.unread}
         if not changed:
             return index
         rows = np.array(sorted(changed), dtype=np.int64)
@@ -163,14 +161,12 @@ def changed_files(index: Index) -> list[str]:
     Raises:
         DataError: the folder cannot be opened.
     """
-    assert index.size is not None and index.modified is not None
+    assert index.size is not None
     folder = _open(index.root)
     try:
-        now = Facts.empty(len(index), are_files=True)
-        _stat(_Places(folder, index.names), now, f"looking at {index.root}")
+        now, rows = _changed(index, folder)
     finally:
         os.close(folder)
-    rows = np.flatnonzero((now.size != index.size) | (now.modified != index.modified)).tolist()
     return [
         f"{index.path(row)}: "
         + (
@@ -182,6 +178,14 @@ def changed_files(index: Index) -> list[str]:
         )
         for row in rows
     ]
+
+
+def _changed(index: Index, folder: int) -> tuple[Facts, list[int]]:
+    """Sizes and times of the files of an index today, and the rows in which they differ from then."""
+    assert index.size is not None and index.modified is not None
+    now = Facts.empty(len(index), are_files=True)
+    _stat(_Places(folder, index.names), now, f"looking at {index.root}")
+    return now, np.flatnonzero((now.size != index.size) | (now.modified != index.modified)).tolist()
 
 
 def columns(facts: Facts, max_pixels: int) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import os
 import tempfile
 import weakref
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -108,23 +108,36 @@ def open_file(path: Path, *, max_pixels: int, root: Path | None = None, trusted:
     Raises:
         DataError: it is not a whole index file.
     """
+    with _whole(path):
+        header, first, mapped = _mapped(path)
+        return _index_of(path, header, first, mapped, max_pixels, root, trusted)
+
+
+@contextlib.contextmanager
+def _whole(path: Path) -> Iterator[None]:
+    """Whatever a damaged or foreign file leads to is one line of it."""
     try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            start = file.read(len(_MAGIC) + 12)
-            if start[: len(_MAGIC)] != _MAGIC:
-                raise DataError(f"{path}: is not an index file of this version; {HOW_TO_MAKE}")
-            length = int.from_bytes(start[8:16], "little")
-            text = file.read(min(length, size))
-            mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
+        yield
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-    try:
+    except DataError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
+        raise DataError(f"{path}: is not a whole index file: {error or type(error).__name__}; {HOW_TO_MAKE}") from None
+
+
+def _mapped(path: Path) -> tuple[dict[str, Any], int, mmap.mmap]:
+    """Header of a file, where its columns begin, and all of it."""
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        start = file.read(len(_MAGIC) + 12)
+        if start[: len(_MAGIC)] != _MAGIC:
+            raise DataError(f"{path}: is not an index file of this version; {HOW_TO_MAKE}")
+        length = int.from_bytes(start[8:16], "little")
+        text = file.read(min(length, size))
         if len(text) != length or zlib.crc32(text) != int.from_bytes(start[16:20], "little"):
             raise ValueError("its header is damaged")
-        return _index_of(path, json.loads(text), _after(length), mapped, max_pixels, root, trusted)
-    except (ValueError, KeyError, TypeError, IndexError, OverflowError) as error:
-        raise DataError(f"{path}: is not a whole index file: {error or type(error).__name__}; {HOW_TO_MAKE}") from None
+        return json.loads(text), _after(length), mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
 
 
 def _after(length: int) -> int:
@@ -180,15 +193,11 @@ def _index_of(
     return index
 
 
-def header_of(path: Path) -> dict[str, Any]:
-    """The header of an index file, {} where there is none."""
-    with contextlib.suppress(OSError, ValueError), open(path, "rb") as file:
-        if file.read(len(_MAGIC)) == _MAGIC:
-            length = int.from_bytes(file.read(8), "little")
-            file.read(4)
-            found = json.loads(file.read(length))
-            return found if isinstance(found, dict) else {}
-    return {}
+def stamp_in(path: Path) -> str | None:
+    """What an index file says that it was made from; None where there is no whole one."""
+    with contextlib.suppress(DataError), _whole(path):
+        return str(_mapped(path)[0]["stamp"])
+    return None
 
 
 def _checksum(array: NDArray[Any]) -> int:
@@ -263,7 +272,7 @@ def cached(root: Path, key: tuple[str, ...], stamp: str, max_pixels: int, make: 
         stamp: what it is made from: an index with another stamp is made anew.
     """
     path = cache_path(root, *key)
-    if path is not None and header_of(path).get("stamp") == stamp:
+    if path is not None and stamp_in(path) == stamp:
         with contextlib.suppress(DataError):  # damaged: it is made again
             return open_file(path, max_pixels=max_pixels)
     return stored(make(), path, stamp)
@@ -300,9 +309,10 @@ def open_travelled(path: Path, max_pixels: int) -> Index:
     Raises:
         DataError: it is not one, or is that of a folder that is not here.
     """
-    header = header_of(path)
-    index = open_file(path, max_pixels=max_pixels)
-    beside = Path(os.path.normpath(path.absolute().parent / os.fsdecode(_bytes(header["from_here"]))))
+    with _whole(path):
+        header, first, mapped = _mapped(path)
+        index = _index_of(path, header, first, mapped, max_pixels, None, trusted=False)
+        beside = Path(os.path.normpath(path.absolute().parent / os.fsdecode(_bytes(header["from_here"]))))
     for root in (beside, index.root):
         moved = _moved(index, root)
         if not len(moved) or os.path.exists(moved.location(0)[0]):
@@ -317,16 +327,18 @@ def verify(path: Path) -> None:
     Raises:
         DataError: one is damaged.
     """
-    with open(path, "rb") as file:
-        start = file.read(len(_MAGIC) + 12)
-        first = _after(int.from_bytes(start[8:16], "little"))
-        for place in header_of(path)["columns"]:
-            file.seek(first + place["at"])
-            left, found = place["count"] * np.dtype(_COLUMNS[place["name"]]).itemsize, 0
-            while left and (part := file.read(min(left, 1 << 24))):
-                found, left = zlib.crc32(part, found), left - len(part)
-            if left or found != place["crc32"]:
-                raise DataError(f"{path}: its column {place['name']} is damaged; {HOW_TO_MAKE}")
+    with _whole(path):
+        header, first, mapped = _mapped(path)
+        for place in header["columns"]:
+            at = first + place["at"]
+            end = at + place["count"] * np.dtype(_COLUMNS[place["name"]]).itemsize
+            if not 0 <= at <= end <= len(mapped):
+                raise ValueError("it is cut short")
+            found = 0
+            for part in range(at, end, 1 << 24):
+                found = zlib.crc32(mapped[part : min(end, part + (1 << 24))], found)
+            if found != place["crc32"]:
+                raise ValueError(f"its column {place['name']} is damaged")
 
 
 def short_pieces(index: Index) -> list[str]:

@@ -149,7 +149,7 @@ def index_of(
     digest.update("\0".join([reading, *classes]).encode("utf-8", "surrogateescape"))
     stamp = f"files {digest.hexdigest()}"
     path = index_file.cache_path(root, "files", request.labels or "")
-    if path is not None and index_file.header_of(path).get("stamp") == stamp:
+    if path is not None and index_file.stamp_in(path) == stamp:
         try:
             known = index_file.open_file(path, max_pixels=request.max_pixels, root=base)
         except DataError:
