@@ -11,7 +11,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
-_ABI = 2
+_ABI = 3
 HOW_TO_BUILD = (
     "run `apt-get install gcc libjpeg62-turbo-dev` (libjpeg-turbo8-dev on Ubuntu, libjpeg-turbo-devel on Fedora) and "
     "then `pip install --editable .` again"

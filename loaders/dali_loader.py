@@ -1,7 +1,8 @@
 """Back end `dali`: NVIDIA DALI reads, decodes once and cuts every view; on a CPU, or on a GPU with `mixed` decoding.
 
 Our sampler's order and windows are fed to it batch by batch, so it has no reader, shuffling or random state of
-its own. An image that DALI cannot decode is decoded, or replaced, on the host as in the `folder` back end.
+its own. It is given JPEGs alone; other images, and those that it cannot decode, are decoded or replaced on the host
+as in the `folder` back end. Whether a JPEG is bad does not depend on what its windows see (`loaders.decode`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import re
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from importlib import metadata
 from itertools import islice
 from pathlib import Path
@@ -28,8 +30,9 @@ from torchvision.io import encode_jpeg
 from loaders import contract
 from loaders.contract import CropMemory, HostBatch, Order, on_device
 from loaders.dali_probe import probe
-from loaders.errors import BadImage, DataError, LoaderError
-from loaders.host import Sample, gather, load_row
+from loaders.decode import JPEG_END, JPEGS, is_cut_short, jpeg_frame
+from loaders.errors import BadImage, DataError, LoaderError, starting
+from loaders.host import Row, Sample, gather, load_row
 from loaders.index import Index
 from loaders.sampler import Plan, Stream
 
@@ -43,10 +46,6 @@ _OF_THE_MACHINE = re.compile(
 )
 CPU = torch.device("cpu")
 logger = logging.getLogger("burn.loaders")
-
-# Formats (as Pillow names them) that DALI is given. Others are decoded on the host: DALI 2.4 does not always survive
-# an unknown one, a GIF was seen to end the process.
-_FORMATS = [b"JPEG", b"MPO", b"PNG", b"BMP", b"TIFF", b"PPM", b"WEBP"]
 
 
 class Options(contract.Options):
@@ -120,7 +119,8 @@ class _Failed(Exception):
 class _Work(NamedTuple):
     positions: list[int]
     plan: Plan
-    rows: list[int]  # those of its rows that DALI does; the host does the others
+    rows: list[int]  # those of its rows that DALI does
+    others: dict[int, Future[Row]]  # those that the host does
 
 
 class _Batches:
@@ -131,9 +131,10 @@ class _Batches:
         self._fed: deque[_Work] = deque()
         # What becomes of a row does not depend on when its image was found bad: the whole batch is then done
         # again without it, so a resumed run gets the same pixels.
-        index = self.stream.index
-        self._host_only = {*index.problems, *_foreign(index)}
+        self._host_only: set[int] = set(self.stream.index.problems)
+        self._whole: set[int] = set()  # images with something behind their end
         self._refused = 0  # images that DALI was given and could not decode
+        self._host = ThreadPoolExecutor(self.workers, thread_name_prefix="dali host")
         self._pipeline: Any = None
         self._batch_size = 0
 
@@ -162,11 +163,19 @@ class _Batches:
         """Drop the pipeline with its threads and memory."""
         self._pipeline = None
         self._fed.clear()
+        self._host.shutdown(wait=True, cancel_futures=True)
 
     def _plan(self, positions: list[int]) -> _Work:
         plan = self.stream.plan(positions)
-        rows = [row for row, image in enumerate(plan.image.tolist()) if image not in self._host_only]
-        return _Work(positions, plan, rows)
+        is_jpeg = np.isin(self.stream.index.format[plan.image], JPEGS).tolist()
+        images = plan.image.tolist()
+        rows = [row for row, image in enumerate(images) if is_jpeg[row] and image not in self._host_only]
+        with starting(f"{self.workers} threads"):
+            others = {
+                row: self._host.submit(load_row, self.stream, plan, row, positions[row], replace=self.replace)
+                for row in sorted({*range(len(positions))} - {*rows})
+            }
+        return _Work(positions, plan, rows, others)
 
     def _feed(self, works: list[_Work]) -> None:
         self._fed.extend(works)
@@ -243,7 +252,7 @@ class _Batches:
                         antialias=True,
                     )
                 )
-            pipeline.set_outputs(*crops, shape)
+            pipeline.set_outputs(*crops, shape, content[-2:])
         pipeline.build()
         return pipeline
 
@@ -257,10 +266,11 @@ class _Batches:
 
     def _take(self, work: _Work) -> tuple[list[Tensor], list[int]]:
         """The next crops of the pipeline, G x uint8 [k, rows, size, size, 3] on the device, and the images among them
-        that are no longer of the size that was indexed, so that their windows mean nothing."""
+        that the host has to judge: no longer of the size that was indexed, so that their windows mean nothing, or
+        cut short, which DALI only sees where a window reaches the cut."""
         stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
         try:
-            *outputs, sides = self._pipeline.share_outputs(cuda_stream=stream)
+            *outputs, shapes, ends = self._pipeline.share_outputs(cuda_stream=stream)
         except RuntimeError as error:
             raise _Failed from error
         # A copy, though DALI says that its buffers outlive their release: not past the end of their pipeline.
@@ -268,11 +278,27 @@ class _Batches:
         crops = self._memory.crops(len(work.rows), theirs[0].device)
         for view, output in zip((view for crop in crops for view in crop), theirs, strict=True):
             view.copy_(output)
-        sizes = np.array(sides.as_tensor())[:, :2]  # [rows, 2]: height, width
+        sizes, end = np.array(shapes.as_tensor())[:, :2], np.array(ends.as_tensor())  # [rows, 2]: height, width; bytes
         self._pipeline.release_outputs()
         images = work.plan.image[work.rows]
         indexed = np.stack((self.stream.index.height[images], self.stream.index.width[images]), axis=1)
-        return crops, images[(sizes != indexed).any(axis=1)].tolist()
+        doubtful = (sizes != indexed).any(axis=1)
+        has_end = (end == np.frombuffer(JPEG_END, dtype=np.uint8)).all(axis=1)
+        doubtful |= [
+            not sound and self._is_cut_short(image) for image, sound in zip(images.tolist(), has_end, strict=True)
+        ]
+        return crops, images[doubtful].tolist()
+
+    def _is_cut_short(self, image: int) -> bool:
+        """Whether a JPEG that does not end as one has no end at all; cameras put more behind it."""
+        if image in self._whole:
+            return False
+        content = _content(self.stream.index, image)
+        frame = jpeg_frame(content)
+        if frame is None or is_cut_short(content, frame):
+            return True
+        self._whole.add(image)
+        return False
 
     def _culprits(self, work: _Work, error: BaseException | None) -> list[int]:
         """The images of a failed batch that DALI cannot do.
@@ -326,27 +352,22 @@ class _Batches:
 
     def _assemble(self, work: _Work, crops: list[Tensor]) -> HostBatch:
         plan, stream = work.plan, self.stream
-        if len(work.rows) == len(work.positions):
+        if not work.others:
             return HostBatch.of(stream, plan.image, plan.color, crops, [])
-        bad: list[tuple[str, str]] = []
         done = {row: number for number, row in enumerate(work.rows)}
         of_views = [view for crop in crops for view in crop]  # V x [rows, size, size, 3]
-        samples: list[Sample] = []
-        for row, position in enumerate(work.positions):
+        rows: list[Row] = []
+        for row in range(len(work.positions)):
             if row in done:
                 cuts = [view[done[row]] for view in of_views]
-                samples.append(Sample(int(plan.image[row]), plan.color[row], cuts))
-            elif sample := load_row(stream, plan, row, position, replace=self.replace, bad=bad):
-                cuts = [on_device(cut, self.device) for cut in sample.crops]
-                samples.append(sample._replace(crops=cuts))
-        return gather(stream, samples, bad)
-
-
-def _foreign(index: Index) -> Iterator[int]:
-    """Rows of the formats that DALI is not given."""
-    for first in range(0, len(index), 1 << 20):
-        known = np.isin(index.format[first : first + (1 << 20)], _FORMATS)
-        yield from (first + np.flatnonzero(~known)).tolist()
+                rows.append(Row(Sample(int(plan.image[row]), plan.color[row], cuts), []))
+                continue
+            found = work.others[row].result()
+            if found.sample:
+                cuts = [on_device(cut, self.device) for cut in found.sample.crops]
+                found = found._replace(sample=found.sample._replace(crops=cuts))
+            rows.append(found)
+        return gather(stream, rows)
 
 
 def _untyped(module: Any) -> Any:

@@ -1,56 +1,125 @@
-"""The bytes of one image to pixels, and what its header says."""
+"""The bytes of one image to pixels, and what its header says: the one place where an image is decoded on the host.
+
+JPEG goes through libjpeg-turbo, which is made for bytes that nobody has checked; everything else through Pillow
+(torchvision's PNG decoder ends the process at a damaged file). Whether an image is bad is a function of its bytes: see
+`decode`. The back ends that decode themselves, in the compiled core or with DALI, take JPEG alone and leave to this
+room whatever they cannot do.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import re
 import struct
 import warnings
+from collections.abc import Iterator
 from io import BytesIO
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_image
+from torchvision.io import ImageReadMode, decode_jpeg
 
 from loaders.errors import BadImage
 
 RAW = b"RAW"
 """Format of an image whose bytes are its pixels, [height, width, 3]."""
+JPEG4 = b"JPEG4"
+"""Format of a JPEG of four channels (CMYK, YCCK): what they mean depends on who wrote it, and Pillow is who knows."""
+JPEGS = (b"JPEG", b"MPO")
+"""Formats whose bytes are a JPEG in gray or color; of an MPO, which holds several pictures, the first counts."""
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
+"""What is decoded, as Pillow names it; an MPO opens as a JPEG. Pillow knows more, and starts a program for some of it
+(Ghostscript for EPS)."""
+for _reader in ("Jpeg", "Mpo", "Png", "Bmp", "Gif", "Ppm", "Tiff", "WebP"):
+    importlib.import_module(f"PIL.{_reader}ImagePlugin")  # registers it; Pillow itself waits until it needs one
+# A color profile or a text beside the pixels may have more than Pillow's 1 MiB.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 64 << 20
+JPEG_END = b"\xff\xd9"
+_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
+_ALONE = {0x00, 0x01, 0xFF, *range(0xD0, 0xD8)}  # not followed by a length: stuffing, fill bytes, restarts
+_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]", re.DOTALL)  # what ends a scan: no stuffing, no restart
 
 
 def decode(content: bytes, width: int, height: int) -> Tensor:
-    """Decode an image as RGB, uint8 [3, height, width]. An EXIF orientation is not applied, as in the reference.
+    """Decode an image as RGB, uint8 [3, height, width]. An EXIF orientation is not applied, as in the reference; of 16
+    bits the upper 8 are kept, of several pictures the first, transparency is left out.
+
+    An image is bad if its header or its tables cannot be read, if Pillow refuses it, or if it is a JPEG without an
+    end-of-image marker: it has been cut short. Other damage in the data of a JPEG is decoded as libjpeg does.
 
     Raises:
         BadImage: it cannot be decoded, or is not of the expected size.
     """
     # The size is read again before anything of that size is allocated: the file may be another one by now.
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of bombs, palettes and EXIF, which do not matter here
-            frame = jpeg_frame(content)
-            size = frame[:2] if frame else Image.open(BytesIO(content)).size
-    except Exception as error:
-        raise BadImage(f"cannot be decoded: {_reason(error)}") from error
+    frame = jpeg_frame(content)
+    size = frame[:2] if frame else _opened(content).size
     if size != (width, height):
         raise BadImage(f"is {size[0]}x{size[1]} pixels, the index says {width}x{height}")
+    if frame and is_cut_short(content, frame):
+        raise BadImage("cannot be decoded: is cut short (a JPEG without its end)")
+    image = _by_torchvision(content, frame) if frame and frame.components in (1, 3) else None
+    return _by_pillow(content, (width, height)) if image is None else image
+
+
+def is_cut_short(content: bytes, frame: Frame) -> bool:
+    """Whether a JPEG has no end-of-image marker behind its headers, where previews have theirs."""
+    return content.rfind(JPEG_END, frame.scan or len(content)) < 0
+
+
+def _by_torchvision(content: bytes, frame: Frame) -> Tensor | None:
+    """A JPEG in gray or color; None where torchvision refuses it."""
     try:
-        data = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-        image = decode_image(data, mode=ImageReadMode.RGB)
-        if image.dtype == torch.uint16:  # a PNG of 16 bits: keep the upper 8
-            image = (image.int() >> 8).to(torch.uint8)
-        if tuple(image.shape) == (3, height, width):  # an animation has four axes
-            return image
-    except (RuntimeError, ValueError):
-        pass  # a format or variant that torchvision does not read: Pillow reads more, and says why it cannot
+        return decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), mode=ImageReadMode.RGB)
+    except RuntimeError:
+        pass
+    # It reads on to the end of the file. Who stops at the last pixel does not see what damage put in between.
+    end = _MARKER.search(content, frame.scan) if frame.is_single_scan else None
+    if end is None or end[0] == JPEG_END:
+        return None
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            picture = Image.open(BytesIO(content)).convert("RGB")
-        return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+        data = torch.frombuffer(bytearray(content[: end.start()] + JPEG_END), dtype=torch.uint8)
+        return decode_jpeg(data, mode=ImageReadMode.RGB)
+    except RuntimeError:
+        return None
+
+
+def _by_pillow(content: bytes, size: tuple[int, int]) -> Tensor:
+    picture = _opened(content)
+    try:
+        with _quiet():
+            if picture.size != size:  # a JPEG whose header Pillow reads otherwise
+                raise BadImage(f"cannot be decoded: is {picture.size[0]}x{picture.size[1]} pixels for Pillow")
+            # Pillow clips what has 16 bits at 255. Other integers and floats have no range that it could keep.
+            is_deep = picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in ("PNG", "PPM"))
+            if is_deep:
+                pixels = np.repeat((np.asarray(picture) >> 8).astype(np.uint8)[:, :, None], 3, axis=2)
+            else:
+                pixels = np.array(picture.convert("RGB"))
+    except BadImage:
+        raise
+    except Exception as error:  # damage makes Pillow's readers raise whatever there is
+        raise BadImage(f"cannot be decoded: {_reason(error)}") from error
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def _opened(content: bytes) -> Image.Image:
+    try:
+        with _quiet():
+            return Image.open(BytesIO(content), formats=FORMATS)
     except Exception as error:
         raise BadImage(f"cannot be decoded: {_reason(error)}") from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    # Pillow warns of bombs (`max_pixels` refuses them), palettes and EXIF.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def from_raw(content: bytes, width: int, height: int) -> Tensor:
@@ -65,28 +134,36 @@ def from_raw(content: bytes, width: int, height: int) -> Tensor:
 
 
 class Frame(NamedTuple):
-    """What a JPEG's frame header says."""
+    """What the headers of a JPEG say."""
 
     width: int
     height: int
     components: int
+    scan: int
+    """Where the data of the first scan begins; 0 if the file does not have them."""
+    is_single_scan: bool
+    """Whether that scan is all: neither progressive nor one component at a time."""
 
 
 def jpeg_frame(content: bytes) -> Frame | None:
-    """The frame header of a JPEG; None if it is not a JPEG, or an odd one."""
+    """The headers of a JPEG up to its first scan; None if it is not a JPEG, or an odd one."""
     if content[:2] != b"\xff\xd8":
         return None
-    at = 2
-    while at + 10 <= len(content) and content[at] == 0xFF:
+    at, frame = 2, None
+    while (at := content.find(0xFF, at)) >= 0 and at + 10 <= len(content):  # as libjpeg looks for markers
         marker = content[at + 1]
-        if marker == 0xFF:  # fill byte
+        if marker in _ALONE:
             at += 1
-        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            continue
+        length = struct.unpack_from(">H", content, at + 2)[0]
+        if marker == 0xDA:
+            is_single = frame is not None and frame.is_single_scan and content[at + 4] == frame.components
+            return frame and frame._replace(scan=at + 2 + length, is_single_scan=is_single)
+        if marker in _FRAMES:
             height, width, components = struct.unpack_from(">HHB", content, at + 5)
-            return Frame(width, height, components)
-        else:
-            at += 2 + struct.unpack_from(">H", content, at + 2)[0]
-    return None
+            frame = Frame(width, height, components, 0, is_single_scan=marker in (0xC0, 0xC1, 0xC9))
+        at += 2 + length
+    return frame
 
 
 class Header(NamedTuple):
@@ -95,7 +172,7 @@ class Header(NamedTuple):
     width: int
     height: int
     format: str
-    """As Pillow names it."""
+    """As Pillow names it, or `JPEG4`."""
     problem: str
     """Why it cannot be used, or ""; the size is then 1x1."""
 
@@ -112,12 +189,13 @@ def read_header(file: Any) -> Header:
         OSError: the file cannot be read, which says nothing of the image.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of decompression bombs: `max_pixels` refuses those
-            with Image.open(file) as image:
-                return Header(image.width, image.height, image.format or "", "")
+        with _quiet(), Image.open(file, formats=FORMATS) as image:
+            format = JPEG4.decode() if (image.format, image.mode) == ("JPEG", "CMYK") else image.format or ""
+            return Header(image.width, image.height, format, "")
     except Image.DecompressionBombError:
         return Header.unusable("is a decompression bomb: more pixels than Pillow opens")
+    except UnidentifiedImageError:
+        return Header.unusable(f"is not an image; expected {', '.join(FORMATS)}")
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise

@@ -1,4 +1,9 @@
-"""What can be wrong with data: the whole set, or one image of it."""
+"""What can be wrong with data, the whole set or one image of it, and with the machine that loads it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class DataError(ValueError):
@@ -16,3 +21,20 @@ class LoaderError(RuntimeError):
 
 class BadImage(Exception):
     """One image that cannot be decoded; the message is the reason, without the path."""
+
+
+@contextmanager
+def starting(what: str) -> Iterator[None]:
+    """Around the start of threads or processes, of which a system allows only so many.
+
+    Raises:
+        LoaderError: it refuses another one.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise LoaderError(
+            f"{what} cannot be started: {reason}; lower data.workers, or raise the limits of processes and open files "
+            "(ulimit -u, ulimit -n, a container's pids limit)"
+        ) from None

@@ -84,15 +84,54 @@ class Options(contract.Options):
         return turbo.Batches(order, prefetch=self.prefetch, source=source, on_close=source.close)
 
 
+class _File:
+    """A `.beton` that is held open, and has to stay as it is.
+
+    Raises:
+        DataError: it cannot be opened as `flags` ask.
+    """
+
+    def __init__(self, index: Index, flags: int = 0) -> None:
+        assert index.pieces is not None
+        self.pieces, self.root = index.pieces, index.root
+        try:
+            self.number = os.open(index.pieces.files[0], os.O_RDONLY | flags)
+        except OSError as error:
+            if not flags:
+                raise DataError(f"{self.root}: cannot be read: {error.strerror}") from None
+            raise DataError(
+                f"data.options.strategy: direct: {self.root} cannot be read past the page cache: {error.strerror}; "
+                "set data.options.strategy=page_cache"
+            ) from None
+        facts = os.fstat(self.number)
+        self.size, self._modified = facts.st_size, facts.st_mtime_ns
+
+    def must_be_the_same(self) -> None:
+        """See that nobody has written to it.
+
+        Raises:
+            DataError: somebody has.
+        """
+        now = os.fstat(self.number)
+        if (now.st_size, now.st_mtime_ns) != (self.size, self._modified):
+            raise DataError(
+                f"{self.root}: was written while it was read ({now.st_size:,} bytes, {self.size:,} at the start); "
+                "continue with --resume once it is whole, and write new files beside old ones"
+            )
+
+    def close(self) -> None:
+        if self.number >= 0:
+            os.close(self.number)
+            self.number = -1
+
+
 class _Mapped:
     """Addresses of images in the mapped file."""
 
     def __init__(self, index: Index, *, hold: bool) -> None:
-        assert index.pieces is not None
-        self._offset = index.pieces.offset.view(np.uint64)
-        file = os.open(index.pieces.files[0], os.O_RDONLY)
+        self._file = _File(index)
+        self._offset, size = self._file.pieces.offset.view(np.uint64), self._file.size
         try:
-            size = os.fstat(file).st_size
             if hold and size > (free := memory()["MemAvailable"]):
                 raise DataError(
                     f"data.options.strategy: ram needs {size / 2**30:.1f} GiB for {index.root}, {free / 2**30:.1f} are "
@@ -100,52 +139,45 @@ class _Mapped:
                 )
             # Shared, so that the pages are the page cache's own: one copy, however many ranks.
             flags = mmap.MAP_SHARED | (mmap.MAP_POPULATE if hold else 0)
-            self._map = mmap.mmap(file, size, flags=flags, prot=mmap.PROT_READ)
-        finally:
-            os.close(file)
+            self._map = mmap.mmap(self._file.number, size, flags=flags, prot=mmap.PROT_READ)
+        except BaseException:
+            self._file.close()
+            raise
         self._map.madvise(mmap.MADV_RANDOM)
         self._view = np.frombuffer(self._map, dtype=np.uint8)
+        core.load()[0].turbo_guard()  # who cuts the file short takes pages away that are read right now
         if hold:  # held against other files' pages where the limit allows; without that they are only likely to stay
             ctypes.CDLL(None).mlock(ctypes.c_void_p(self._view.ctypes.data), ctypes.c_size_t(size))
 
     def __call__(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.uint64], object]:
+        self._file.must_be_the_same()
         return np.uint64(self._view.ctypes.data) + self._offset[rows], self._view
 
     def close(self) -> None:
         del self._view
         self._map.close()
+        self._file.close()
 
 
 class _Direct:
     """Addresses of images that were read past the page cache, in a buffer for each batch."""
 
     def __init__(self, index: Index) -> None:
-        assert index.pieces is not None
-        self._pieces, self._root = index.pieces, index.root
-        self._size = os.path.getsize(index.pieces.files[0])
-        try:
-            self._file = os.open(index.pieces.files[0], os.O_RDONLY | os.O_DIRECT)
-        except OSError as error:
-            raise DataError(
-                f"data.options.strategy: direct: {index.root} cannot be read past the page cache: {error.strerror}; "
-                "set data.options.strategy=page_cache"
-            ) from None
+        self._file = _File(index, os.O_DIRECT)
+        self.close = self._file.close
 
     def __call__(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.uint64], mmap.mmap]:
-        start = self._pieces.offset[rows] // _BLOCK * _BLOCK
-        count = -(-(self._pieces.offset[rows] + self._pieces.length[rows] - start) // _BLOCK) * _BLOCK
+        self._file.must_be_the_same()
+        offset, length = self._file.pieces.offset[rows], self._file.pieces.length[rows]
+        start = offset // _BLOCK * _BLOCK
+        count = -(-(offset + length - start) // _BLOCK) * _BLOCK
         place = np.concatenate(([0], np.cumsum(count)))
         buffer = mmap.mmap(-1, int(place[-1]))  # aligned to pages, and gone with the batch
         whole = memoryview(buffer)
-        for at, first, length in zip(place.tolist(), start.tolist(), count.tolist(), strict=False):
-            got = os.preadv(self._file, [whole[at : at + length]], first)
-            if got < min(length, self._size - first):
-                raise DataError(f"{self._root}: cannot be read at byte {first}; is it still the same file?")
+        for at, first, size in zip(place.tolist(), start.tolist(), count.tolist(), strict=False):
+            got = os.preadv(self._file.number, [whole[at : at + size]], first)
+            if got < min(size, self._file.size - first):
+                raise DataError(f"{self._file.root}: cannot be read at byte {first}; is it still the same file?")
         whole.release()
         base = np.frombuffer(buffer, dtype=np.uint8).ctypes.data
-        return (base + place[:-1] + self._pieces.offset[rows] - start).astype(np.uint64), buffer
-
-    def close(self) -> None:
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
+        return (base + place[:-1] + offset - start).astype(np.uint64), buffer

@@ -5,18 +5,21 @@ Runs everywhere, needs nothing to be built, and is what the other back ends are 
 
 from __future__ import annotations
 
+import gc
+import multiprocessing
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from loaders import contract
 from loaders.contract import HostBatch, Order
-from loaders.errors import DataError, LoaderError
+from loaders.errors import DataError, LoaderError, starting
 from loaders.host import load_batch
 from loaders.sampler import Stream
 from loaders.views import View
@@ -51,7 +54,7 @@ class Options(contract.Options):
 
     def batches(self, order: Order) -> Iterator[HostBatch]:
         """See `contract.Options`."""
-        loader: DataLoader[Any] = DataLoader(
+        loader = _Loader(
             _Positions(order.stream, order.replace),
             batch_sampler=order.positions,  # any iterable of lists will do, it need not end
             num_workers=order.workers,
@@ -65,11 +68,34 @@ class Options(contract.Options):
         return _Batches(loader)
 
 
+class _Iterator(_MultiProcessingDataLoaderIter):
+    def __del__(self) -> None:
+        if hasattr(self, "_workers_status"):  # else not all of its workers could be started, and `_Batches` ends them
+            super().__del__()
+
+
+class _Loader(DataLoader[Any]):
+    def _get_iterator(self) -> Any:
+        return _Iterator(self) if self.num_workers else super()._get_iterator()
+
+
 class _Batches:
     """The iterator of a DataLoader whose workers end for certain, and whose errors are one line."""
 
     def __init__(self, loader: DataLoader[Any]) -> None:
-        self._iterator: Any = iter(loader)
+        before = set(multiprocessing.active_children())
+        # What is garbage by now, and holds threads that a worker does not have, must not be collected there: DALI's
+        # pipelines end the process that does.
+        gc.collect()
+        gc.freeze()
+        try:
+            with starting(f"data.backend=folder: {loader.num_workers} worker processes"):
+                self._iterator: Any = iter(loader)
+        except LoaderError:
+            _end(set(multiprocessing.active_children()) - before)
+            raise
+        finally:
+            gc.unfreeze()
 
     def __iter__(self) -> Iterator[HostBatch]:
         return self
@@ -90,11 +116,15 @@ class _Batches:
         workers = getattr(self._iterator, "_workers", [])
         if workers:
             self._iterator._shutdown_workers()
-        for worker in workers:
-            if worker.is_alive():
-                worker.kill()
-                worker.join()
+        _end(workers)
         self._iterator = iter(())
+
+
+def _end(workers: Iterable[Any]) -> None:
+    for worker in workers:
+        if worker.is_alive():
+            worker.kill()
+            worker.join()
 
 
 class _Positions(Dataset[Any]):

@@ -292,10 +292,17 @@ def _by_core(
     ]
     bar = tqdm(total=count, desc=title, unit=" images", disable=None if title and count >= _MANY else True)
     started = said = time.monotonic()
+    running = []
     try:
         for worker in workers:
-            worker.start()
-        for worker in workers:
+            try:
+                worker.start()
+            except RuntimeError:  # the system allows no more: fewer do, or this one alone
+                break
+            running.append(worker)
+        if not running:
+            run(ctypes.byref(job))
+        for worker in running:
             while worker.is_alive():
                 worker.join(_EVERY)
                 done = min(job.next, count)
@@ -306,7 +313,7 @@ def _by_core(
                     logger.info(f"{title}: {done:,} of {count:,} images, {left:.0f} s left")
     finally:
         job.next = count
-        for worker in workers:
+        for worker in running:
             worker.join()
         bar.close()
     return status
@@ -331,7 +338,11 @@ def _by_pillow(title: str, places: _Places, facts: Facts, rows: list[int]) -> No
 
     is_quiet = not title or len(rows) < _MANY
     with ThreadPoolExecutor(min(THREADS, 4 * cores())) as pool:
-        looked: Iterable[tuple[int, Header | OSError]] = pool.map(look, rows, chunksize=64)
+        looked: Iterable[tuple[int, Header | OSError]]
+        try:
+            looked = pool.map(look, rows)
+        except RuntimeError:  # the system allows no more threads
+            looked = map(look, rows)
         for row, header in tqdm(looked, title, len(rows), unit=" images", disable=is_quiet or None):
             if isinstance(header, OSError):
                 _unreadable(facts, row, header.errno or errno.EIO)

@@ -19,6 +19,7 @@ from loaders.sampler import NUM_COLOR, Plan, Stream, resized_sides
 from loaders.views import View
 
 _MODES = {"bilinear": InterpolationMode.BILINEAR, "bicubic": InterpolationMode.BICUBIC}
+_MOST_RESIZED = 1 << 24  # pixels
 MAX_SUCCESSORS = 100
 """Images in a row that may be bad before a run ends."""
 
@@ -31,6 +32,13 @@ class Sample(NamedTuple):
     crops: list[Tensor]  # V x uint8 [size, size, 3]
 
 
+class Row(NamedTuple):
+    """What became of one row of a plan."""
+
+    sample: Sample | None  # None where it is left out
+    bad: list[tuple[str, str]]  # (path, reason) of what could not be decoded
+
+
 def load_batch(stream: Stream, positions: Sequence[int], *, replace: bool) -> HostBatch:
     """Read, decode and crop the images at `positions`.
 
@@ -41,13 +49,13 @@ def load_batch(stream: Stream, positions: Sequence[int], *, replace: bool) -> Ho
         DataError: `MAX_SUCCESSORS` images in a row cannot be decoded.
     """
     plan = stream.plan(positions)
-    bad: list[tuple[str, str]] = []
-    samples = (load_row(stream, plan, row, p, replace=replace, bad=bad) for row, p in enumerate(positions))
-    return gather(stream, [sample for sample in samples if sample], bad)
+    return gather(stream, [load_row(stream, plan, row, p, replace=replace) for row, p in enumerate(positions)])
 
 
-def gather(stream: Stream, samples: list[Sample], bad: list[tuple[str, str]]) -> HostBatch:
+def gather(stream: Stream, rows: list[Row]) -> HostBatch:
     """The batch of images that were done one by one; in a worker it is stacked right in shared memory."""
+    samples = [row.sample for row in rows if row.sample]
+    bad = [found for row in rows for found in row.bad]
     if samples:
         crops = [
             default_collate([sample.crops[view] for view in group for sample in samples]).unflatten(0, (len(group), -1))
@@ -60,16 +68,13 @@ def gather(stream: Stream, samples: list[Sample], bad: list[tuple[str, str]]) ->
     return HostBatch.of(stream, image, color.reshape(len(samples), len(stream.views), NUM_COLOR), crops, bad)
 
 
-def load_row(
-    stream: Stream, plan: Plan, row: int, position: int, *, replace: bool, bad: list[tuple[str, str]]
-) -> Sample | None:
-    """The image of one row of a plan, None where it is left out.
-
-    What cannot be decoded is appended to `bad` as (path, reason); with `replace` its successors are tried.
+def load_row(stream: Stream, plan: Plan, row: int, position: int, *, replace: bool) -> Row:
+    """The image of one row of a plan; with `replace` the successors of one that cannot be decoded are tried.
 
     Raises:
         DataError: `MAX_SUCCESSORS` images in a row cannot be decoded.
     """
+    bad: list[tuple[str, str]] = []
     for successor in range(MAX_SUCCESSORS):
         if successor:
             plan, row = stream.plan([position + successor]), 0
@@ -79,9 +84,9 @@ def load_row(
         except BadImage as error:
             bad.append((stream.index.path(image), str(error)))
             if not replace:
-                return None
+                return Row(None, bad)
             continue
-        return Sample(image, plan.color[row], list(_cuts(stream, plan, row, pixels)))
+        return Row(Sample(image, plan.color[row], list(_cuts(stream, plan, row, pixels))), bad)
     raise DataError(f"{MAX_SUCCESSORS} images in a row cannot be decoded, the last is {bad[-1][0]}: {bad[-1][1]}")
 
 
@@ -97,6 +102,8 @@ def cut(pixels: Tensor, window: NDArray[np.float64], view: View) -> Tensor:
     if view.crop == "center":
         height, width = pixels.shape[1:]
         new_w, new_h = (int(side) for side in resized_sides(view, np.array(float(width)), np.array(float(height))))
+        if new_w * new_h > _MOST_RESIZED:
+            return _middle(pixels, new_h, new_w, view)
         pixels = F.resize(pixels, [new_h, new_w], interpolation=mode, antialias=True)
         crop = F.center_crop(pixels, [view.size, view.size])
     else:
@@ -105,3 +112,21 @@ def cut(pixels: Tensor, window: NDArray[np.float64], view: View) -> Tensor:
             pixels, top, left, height, width, [view.size, view.size], interpolation=mode, antialias=True
         )
     return crop.permute(1, 2, 0)
+
+
+def _middle(pixels: Tensor, new_h: int, new_w: int, view: View) -> Tensor:
+    """Resize and center crop of a picture so long and thin that all of it, resized, would take gigabytes: only what the
+    crop sees is resized. Its place is exact to half a pixel."""
+    if new_h > new_w:
+        return _middle(pixels.transpose(1, 2), new_w, new_h, view).transpose(0, 1)
+    width, factor = pixels.shape[2], new_w / pixels.shape[2]
+    reach = (view.size / 2 + 4) / factor + 4  # beyond it the filters see nothing
+    first, last = max(0, int(width / 2 - reach)), min(width, int(width / 2 + reach) + 1)
+    near = F.resize(
+        pixels[:, :, first:last],
+        [new_h, round((last - first) * factor)],
+        interpolation=_MODES[view.interpolation],
+        antialias=True,
+    )
+    top, left = round((new_h - view.size) / 2), round((new_w - view.size) / 2 - first * factor)
+    return F.crop(near, top, left, view.size, view.size).permute(1, 2, 0)

@@ -121,7 +121,7 @@ class Index:
     """[N], pixels; 1 where the header cannot be read."""
     height: NDArray[np.int32]
     format: NDArray[np.bytes_]
-    """[N], as Pillow names it; b"" where the header cannot be read."""
+    """[N], as `loaders.decode` names it; b"" where the header cannot be read."""
     problems: dict[int, str]
     """Row -> why its image cannot be used."""
     max_pixels: int

@@ -29,6 +29,8 @@ from loaders.index import Index, Names, Pieces
 
 SUFFIX = ".index"
 _MAGIC = b"BURNIDX\x01"
+_READING = b"2"
+"""Version of how headers are read: what an older one found is not used again."""
 _ALIGNED = 64
 _CHECKED = 1 << 30
 """A file of at most so many bytes is compared with its checksums when it is opened (a second); a larger one by
@@ -240,7 +242,7 @@ def cache_path(root: Path, *key: str) -> Path | None:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     except RuntimeError:  # no HOME, and no entry of this user
         return None
-    digest = hashlib.sha256(b"\0".join((os.fsencode(os.path.realpath(root)), *map(str.encode, key))))
+    digest = hashlib.sha256(b"\0".join((_READING, os.fsencode(os.path.realpath(root)), *map(str.encode, key))))
     return home / "burn-engine" / f"{digest.hexdigest()[:24]}{SUFFIX}"
 
 

@@ -28,7 +28,12 @@ def read_ahead(stream: Stream, positions: Iterable[list[int]]) -> Iterable[list[
 
 
 def _ahead(index: Index, order: Blocks, positions: Iterable[list[int]]) -> Iterator[list[int]]:
-    adviser, asked = _Adviser(index), -1  # the last window that was asked for, counted over epochs
+    try:
+        adviser = _Adviser(index)
+    except RuntimeError:  # the system allows no more threads
+        yield from positions
+        return
+    asked = -1  # the last window that was asked for, counted over epochs
     try:
         for batch in positions:
             epoch, place = divmod(batch[-1], len(index))

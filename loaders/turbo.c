@@ -12,6 +12,7 @@
 #include <fcntl.h>
 #include <math.h>
 #include <setjmp.h>
+#include <signal.h>
 #include <stdatomic.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -32,7 +33,7 @@
 #error "libjpeg-turbo is needed: plain libjpeg cannot skip rows or columns"
 #endif
 
-#define ABI 2
+#define ABI 3
 #define WEIGHT_BITS 14
 #define MAX_FILE ((size_t)1 << 30)
 #define MAX_SIDE 65500
@@ -42,7 +43,7 @@
 #define FEW 8                 /* pairs of weights up to which the vector path has loops of fixed length */
 
 enum { KIND_SKIP = -1, KIND_JPEG = 0, KIND_RAW = 1 };
-enum { DONE = 0, SKIPPED = 1, FAILED = 2 };
+enum { DONE = 0, SKIPPED = 1, FAILED = 2, WARNED = 3 }; /* WARNED: decoded in full, and libjpeg found damage */
 
 /* One axis of one window: output pixel o is centred at start + (o + 0.5) * scale and sees source [low, high). */
 typedef struct { double low, high, start, scale; } Axis;
@@ -64,7 +65,7 @@ typedef struct {
   const int32_t *height;
   const Axis *windows;        /* [rows, views, 2]: x, y */
   const uint8_t *flip;        /* [rows, views] */
-  const View *views;          /* [views]; none: decode everything and keep nothing */
+  const View *views;          /* [views]; none: decode everything, keep nothing, look for damage */
   int32_t *status;            /* [rows] */
   int32_t next;               /* next row to take */
 } Job;
@@ -89,6 +90,22 @@ static int grow(Buffer *buffer, size_t size) {
   buffer->at = malloc(size);
   buffer->size = buffer->at ? size : 0;
   return buffer->at != NULL;
+}
+
+/* Bytes that are mapped are gone when somebody cuts their file short: the system then sends SIGBUS to who reads them. */
+static __thread jmp_buf *escape = NULL;
+static struct sigaction other_handler;
+
+static void on_bus_error(int number) {
+  if (escape) longjmp(*escape, 1);
+  sigaction(number, &other_handler, NULL); /* not ours: the same access, again, is theirs */
+}
+
+/* From now on rows whose bytes are gone have failed. */
+void turbo_guard(void) {
+  struct sigaction ours = {.sa_handler = on_bus_error, .sa_flags = SA_NODEFER};
+  struct sigaction now;
+  if (!sigaction(SIGBUS, NULL, &now) && now.sa_handler != on_bus_error) sigaction(SIGBUS, &ours, &other_handler);
 }
 
 static int read_file(Workspace *ws, const char *path, int64_t offset, int64_t length, size_t *count) {
@@ -422,18 +439,24 @@ static int decode(Workspace *ws, const Job *job, int32_t row, const uint8_t *byt
   errors.base.error_exit = on_error;
   errors.base.emit_message = on_message;
   errors.progress.progress_monitor = on_progress;
+  jmp_buf *const outer = escape;
   if (setjmp(errors.back)) {
+    escape = outer;
     jpeg_destroy_decompress(&jpeg);
     return FAILED;
   }
+  if (outer) escape = &errors.back;
   jpeg_create_decompress(&jpeg);
   jpeg.progress = &errors.progress;
   jpeg_mem_src(&jpeg, bytes, (unsigned long)count);
   jpeg_read_header(&jpeg, TRUE);
   if ((int64_t)jpeg.image_width != job->width[row] || (int64_t)jpeg.image_height != job->height[row]) {
-    jpeg_destroy_decompress(&jpeg); /* no longer the file that was indexed; nothing of its size was made room for */
-    return FAILED;
+    on_error((j_common_ptr)&jpeg); /* no longer the file that was indexed; nothing of its size was made room for */
   }
+  /* Without its end a file has been cut short, and is bad whatever the windows see of it. More may follow the end. */
+  const uint8_t *mark = bytes + count - 2;
+  while (mark >= jpeg.src->next_input_byte && (mark[0] != 0xff || mark[1] != 0xd9)) mark--;
+  if (mark < jpeg.src->next_input_byte) on_error((j_common_ptr)&jpeg);
   jpeg.out_color_space = JCS_EXT_RGBX;
   jpeg.dct_method = JDCT_ISLOW; /* as Pillow, torchvision and DALI: their pixels to the bit */
   jpeg_start_decompress(&jpeg);
@@ -447,32 +470,24 @@ static int decode(Workspace *ws, const Job *job, int32_t row, const uint8_t *byt
     if (box->top > 2 * ROW_MARGIN) {
       JDIMENSION want = (JDIMENSION)(box->top - ROW_MARGIN) / ROW_MARGIN * ROW_MARGIN;
       skipped = jpeg_skip_scanlines(&jpeg, want);
-      if (skipped != want) {
-        jpeg_destroy_decompress(&jpeg);
-        return FAILED;
-      }
+      if (skipped != want) on_error((j_common_ptr)&jpeg);
     }
     end = (JDIMENSION)box->bottom;
   }
   *stride = 4 * (size_t)jpeg.output_width;
   const size_t kept = box ? end - skipped : 0;
-  if (!grow(&ws->pixels, *stride * (kept + 1))) {
-    jpeg_destroy_decompress(&jpeg);
-    return FAILED;
-  }
-  /* Only a file that ends as a JPEG does may be left before its end: another one could be cut short further down.
-     Rows that nobody wants go to the spare one. */
-  const int is_whole = box && count >= 2 && bytes[count - 2] == 0xff && bytes[count - 1] == 0xd9;
-  const JDIMENSION last = is_whole ? end : jpeg.output_height;
-  while (jpeg.output_scanline < last) {
+  if (!grow(&ws->pixels, *stride * (kept + 1))) on_error((j_common_ptr)&jpeg);
+  while (jpeg.output_scanline < end) { /* rows that nobody wants go to the spare one */
     const size_t place = jpeg.output_scanline - skipped;
     JSAMPROW line = ws->pixels.at + *stride * (place < kept ? place : kept);
     if (jpeg_read_scanlines(&jpeg, &line, 1) != 1) break;
   }
-  const int complete = jpeg.output_scanline >= last && !errors.ran_out;
+  const int complete = jpeg.output_scanline >= end && !errors.ran_out;
+  const int warned = !box && errors.base.num_warnings;
   if (box) *box = (Box){(int32_t)first, (int32_t)skipped, (int32_t)(first + jpeg.output_width), (int32_t)end};
+  escape = outer;
   jpeg_destroy_decompress(&jpeg);
-  return complete ? DONE : FAILED;
+  return !complete ? FAILED : warned ? WARNED : DONE;
 }
 
 /* ------------------------------------------------------------------------------------------------ rows */
@@ -519,7 +534,7 @@ static int raw(Workspace *ws, const Job *job, int32_t row, const uint8_t *bytes,
   return DONE;
 }
 
-static int do_row(Workspace *ws, const Job *job, int32_t row) {
+static int cut_row(Workspace *ws, const Job *job, int32_t row) {
   const int32_t width = job->width[row], height = job->height[row];
   if (job->kind[row] == KIND_SKIP) return SKIPPED;
   if (width < 1 || height < 1 || width > MAX_SIDE || height > MAX_SIDE) return FAILED;
@@ -555,6 +570,19 @@ static int do_row(Workspace *ws, const Job *job, int32_t row) {
     if (axes[1].high > box.bottom) axes[1].high = box.bottom;
     result = resample(ws, ws->pixels.at, stride, box.left, box.top, axes, view, job->flip[cell], out);
   }
+  return result;
+}
+
+static int do_row(Workspace *ws, const Job *job, int32_t row) {
+  jmp_buf gone;
+  if (job->path[row]) return cut_row(ws, job, row);
+  if (setjmp(gone)) {
+    escape = NULL;
+    return FAILED;
+  }
+  escape = &gone;
+  const int result = cut_row(ws, job, row);
+  escape = NULL;
   return result;
 }
 
@@ -617,7 +645,7 @@ static int32_t jpeg_size(int file, int64_t offset, int64_t length, int32_t *widt
     if (marker >= 0xc0 && marker <= 0xcf && marker != 0xc4 && marker != 0xc8 && marker != 0xcc) {
       if (framed || count < 8 || have - (at - start) < 10 || segment[4] != 8) return OTHER;
       *height = segment[5] << 8 | segment[6], *width = segment[7] << 8 | segment[8];
-      if (!*width || !*height || (segment[9] != 1 && segment[9] != 3 && segment[9] != 4)) return OTHER;
+      if (!*width || !*height || (segment[9] != 1 && segment[9] != 3)) return OTHER;
       framed = 1;
     }
     at += 2 + count;

@@ -18,14 +18,15 @@ from torch import Tensor
 
 from loaders import core
 from loaders.contract import CropMemory, HostBatch, Order
-from loaders.decode import RAW
-from loaders.host import load_row
+from loaders.decode import JPEGS, RAW
+from loaders.errors import starting
+from loaders.host import Row, load_row
 from loaders.index import Index
 from loaders.sampler import Plan
 from loaders.views import View
 
 _SKIP, _JPEG, _RAW = -1, 0, 1  # how the core takes a row's bytes
-DONE = 0  # status of a row; any other leaves it to the host
+DONE, WARNED = 0, 3  # status of a row; any other leaves it to the host. WARNED: done in full, though it is damaged
 
 
 class _View(ctypes.Structure):
@@ -84,6 +85,10 @@ class Job:
         rows: [b] of the index.
         cut: what to cut from each; without it everything is decoded and nothing is kept.
         memory: gives the address of each row's bytes, and what has to live as long as they are used.
+
+    Attributes:
+        status: [b], what became of each row.
+        others: rows that the core leaves to the host, because they are not JPEG or known to be bad.
     """
 
     def __init__(
@@ -91,9 +96,7 @@ class Job:
     ) -> None:
         count = len(rows)
         format = index.format[rows]
-        kind = np.where(np.isin(format, [b"JPEG", b"MPO"]), _JPEG, np.where(format == RAW, _RAW, _SKIP)).astype(
-            np.int32
-        )
+        kind = np.where(np.isin(format, JPEGS), _JPEG, np.where(format == RAW, _RAW, _SKIP)).astype(np.int32)
         kind[[row in index.problems for row in rows.tolist()]] = _SKIP
         locations = [index.location(row) for row in rows.tolist()]
         if memory is None:
@@ -119,6 +122,7 @@ class Job:
             "flip": cut.flip if cut else np.zeros(0),
             "status": self.status,
         }
+        self.others = np.flatnonzero(kind == _SKIP).tolist()
         self._kept = (path, c_views, outs, arrays)  # the core has only their addresses
         self._job = _Job(
             num_rows=count,
@@ -143,7 +147,11 @@ class Job:
 
 
 class Workers:
-    """Threads with a workspace each, which work through jobs in the order in which they come."""
+    """Threads with a workspace each, which do what they are given in the order in which it comes.
+
+    Raises:
+        LoaderError: the system refuses another thread.
+    """
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -153,14 +161,15 @@ class Workers:
         for workspace in self._all:
             self._free.put(workspace)
 
-    def start(self, job: Callable[[], Job]) -> list[Future[None]]:
-        """Let all threads work on what `job` gives; it may be called by any of them."""
-        return [self._pool.submit(self._run, job) for _ in range(self.count)]
+    def start(self, work: Callable[[int], None]) -> list[Future[None]]:
+        """Let all threads do some work together, each with its workspace."""
+        with starting(f"{self.count} threads"):
+            return [self._pool.submit(self._run, work) for _ in range(self.count)]
 
-    def _run(self, job: Callable[[], Job]) -> None:
+    def _run(self, work: Callable[[int], None]) -> None:
         workspace = self._free.get()
         try:
-            job().run(workspace)
+            work(workspace)
         finally:
             self._free.put(workspace)
 
@@ -175,35 +184,52 @@ class _Batch:
     """A batch in the making; the first thread that comes to it plans it for all."""
 
     def __init__(self, batches: Batches, positions: list[int]) -> None:
-        self.positions, self._batches = positions, batches
+        self.positions, self._order, self._batches = positions, batches.order, batches
         self._lock = threading.Lock()
         self._job: Job | None = None
         self.plan: Plan
         self.crops: list[Tensor]
-        self.running = batches.workers.start(self._prepare)
+        self._others: deque[int]
+        self._by_host: dict[int, Row] = {}
+        self.running = batches.workers.start(self._work)
+
+    def _work(self, workspace: int) -> None:
+        job = self._prepare()
+        job.run(workspace)
+        while True:
+            try:
+                row = self._others.popleft()
+            except IndexError:
+                return
+            self._by_host[row] = self._load(row)
 
     def _prepare(self) -> Job:
         with self._lock:
             if self._job is None:
-                of = self._batches
-                stream = of.order.stream
+                of, stream = self._batches, self._order.stream
                 self.plan = stream.plan(self.positions)
                 self.crops = of.memory.crops(len(self.positions))
                 cut = Cut.of(self.plan, stream.views, self.crops)
-                self._job = Job(stream.index, self.plan.image, cut, of.source)
+                job = Job(stream.index, self.plan.image, cut, of.source)
+                self._others = deque(job.others)
+                self._job = job
             return self._job
+
+    def _load(self, row: int) -> Row:
+        return load_row(self._order.stream, self.plan, row, self.positions[row], replace=self._order.replace)
 
     def done(self) -> HostBatch:
         """Wait for it; what the core gave up on is done, or found bad, by the host."""
         for future in self.running:
             future.result()
         assert self._job is not None
-        stream, plan = self._batches.order.stream, self.plan
+        stream, plan = self._order.stream, self.plan
         image, color = plan.image, plan.color
         bad: list[tuple[str, str]] = []
         kept = np.ones(len(self.positions), dtype=np.bool_)
         for row in np.flatnonzero(self._job.status != DONE).tolist():
-            sample = load_row(stream, plan, row, self.positions[row], replace=self._batches.order.replace, bad=bad)
+            sample, found = self._by_host.get(row) or self._load(row)
+            bad += found
             if sample is None:
                 kept[row] = False
                 continue

@@ -89,3 +89,78 @@ def bomb(width, height):
 
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+
+
+def variants():
+    """A small picture in each format that is accepted, in its usual forms: name -> bytes."""
+    rgb = Image.fromarray(picture(7, 44, 60))
+    deep = Image.fromarray(picture(8, 44, 60)[:, :, 0].astype(np.uint16) * 257)
+    forms = {
+        "baseline.jpg": (rgb, {"quality": 92}),
+        "restarts.jpg": (rgb, {"restart_marker_blocks": 3, "subsampling": "4:2:0"}),
+        "progressive.jpg": (rgb, {"progressive": True}),
+        "gray.jpg": (rgb.convert("L"), {}),
+        "cmyk.jpg": (rgb.convert("CMYK"), {}),
+        "color.png": (rgb, {}),
+        "alpha.png": (rgb.convert("RGBA"), {}),
+        "palette.png": (rgb.convert("P"), {"transparency": 3}),
+        "deep.png": (deep, {}),
+        "plain.bmp": (rgb, {}),
+        "palette.bmp": (rgb.convert("P"), {}),
+        "still.gif": (rgb, {}),
+        "moving.gif": (rgb, {"save_all": True, "append_images": [rgb.rotate(90), rgb.rotate(180)]}),
+        "plain.ppm": (rgb, {}),
+        "gray.ppm": (rgb.convert("L"), {}),
+        "plain.tiff": (rgb, {}),
+        "deflate.tiff": (rgb, {"compression": "tiff_adobe_deflate"}),
+        "lzw.tiff": (rgb, {"compression": "tiff_lzw"}),
+        "deep.tiff": (deep, {}),
+        "pages.tiff": (rgb, {"save_all": True, "append_images": [rgb, rgb]}),
+        "lossy.webp": (rgb, {"quality": 80}),
+        "lossless.webp": (rgb, {"lossless": True}),
+    }
+    found = {}
+    for name, (image, options) in forms.items():
+        out = io.BytesIO()
+        image.save(
+            out, {"jpg": "JPEG", "tiff": "TIFF", "ppm": "PPM"}.get(name.split(".")[1], name.split(".")[1]), **options
+        )
+        found[name] = out.getvalue()
+    return found
+
+
+def damaged(content, rng):
+    """The bytes of an image with one kind of damage: a few bytes changed or zeroed, cut short, or, in a PNG, its
+    payload changed under checksums that fit."""
+    kind = int(rng.integers(5))
+    if kind == 0:
+        return content[: int(rng.integers(8, len(content)))]
+    if kind == 1:
+        start, count = int(rng.integers(8, len(content))), int(rng.integers(1, 64))
+        return (content[:start] + b"\0" * count + content[start + count :])[: len(content)]
+    if content.startswith(b"\x89PNG") and kind != 2:
+        return _damaged_png(content, rng, unpacks=kind == 3)
+    changed = bytearray(content)
+    for _ in range(int(rng.integers(1, 4))):
+        # Half in the headers, where it does most, half anywhere.
+        most = min(len(content), 200) if kind == 3 else len(content)
+        changed[int(rng.integers(2, most))] = int(rng.integers(256))
+    return bytes(changed)
+
+
+def _damaged_png(content, rng, *, unpacks):
+    chunks, at = [], 8
+    while at < len(content):
+        length = struct.unpack_from(">I", content, at)[0]
+        chunks.append((content[at + 4 : at + 8], bytearray(content[at + 8 : at + 8 + length])))
+        at += 12 + length
+    kind, data = chunks[int(rng.integers(len(chunks) - 1))]
+    if kind == b"IDAT" and unpacks:
+        raw = bytearray(zlib.decompress(bytes(data)))
+        raw[int(rng.integers(len(raw)))] = int(rng.integers(256))
+        data[:] = zlib.compress(bytes(raw[: int(rng.integers(1, len(raw) + 1))] if rng.integers(2) else raw))
+    else:
+        data[int(rng.integers(len(data)))] = int(rng.integers(256))
+    return content[:8] + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    )

@@ -4,6 +4,7 @@ PyTorch is told. What each branch is reached by is listed in docs/gpu.md."""
 import contextlib
 import itertools
 import os
+from concurrent.futures import Future
 from types import SimpleNamespace
 from unittest import mock
 
@@ -303,9 +304,10 @@ def test_crops_of_a_gpu_are_made_on_it(tree):
 def test_an_image_from_the_host_joins_those_on_the_gpu(tree):
     batches = on_fake_gpu(dali_batches(tree))
     work = batches._plan(next(batches._positions))
-    sample = load_row(batches.stream, work.plan, 1, work.positions[1], replace=True, bad=[])
-    work = work._replace(rows=[row for row in work.rows if row != 1])
-    with fake_gpu(), mock.patch("loaders.dali_loader.load_row", lambda *_, **__: sample), Waits() as waits:
+    of_host = Future()
+    of_host.set_result(load_row(batches.stream, work.plan, 1, work.positions[1], replace=True))
+    work = work._replace(rows=[row for row in work.rows if row != 1], others={1: of_host})
+    with fake_gpu(), Waits() as waits:
         crops = [torch.empty(shape, dtype=torch.uint8, device=CUDA) for shape in batches._memory.shapes(len(work.rows))]
         batch = batches._assemble(work, crops)
         assert isinstance(batch, HostBatch) and {crop.device for crop in batch.crops} == {CUDA}

@@ -37,6 +37,7 @@ from loaders.sources import open_index
 
 _SUFFIXES = {
     "JPEG": (".jpg", ".jpeg"),
+    "JPEG4": (".jpg", ".jpeg"),
     "MPO": (".jpg", ".jpeg"),
     "PNG": (".png",),
     "BMP": (".bmp",),

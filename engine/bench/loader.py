@@ -31,8 +31,7 @@ class Floor:
         self._running = [self._start() for _ in range(3)]
 
     def _start(self) -> Any:
-        job = turbo.Job(self._index, np.array(next(self._rows)))
-        return self._workers.start(lambda: job)
+        return self._workers.start(turbo.Job(self._index, np.array(next(self._rows))).run)
 
     def __iter__(self) -> Iterator[None]:
         return self
