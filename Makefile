@@ -35,6 +35,7 @@ fuzz: $(VENV)/.dev
 	$(BIN)/python tests/fuzz/make_corpus.py build/fuzz/seeds
 	mkdir -p build/fuzz/corpus
 	cd build/fuzz && ./turbo_fuzz -max_total_time=$(FUZZ_SECONDS) -rss_limit_mb=2000 -max_len=65536 corpus seeds
+	$(BIN)/python tests/fuzz/fuzz_formats.py $(FUZZ_SECONDS)
 
 clean:
 	rm -rf $(VENV) runs data build *.egg-info

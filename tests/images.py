@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import struct
@@ -139,7 +140,8 @@ def damaged(content, rng):
         start, count = int(rng.integers(8, len(content))), int(rng.integers(1, 64))
         return (content[:start] + b"\0" * count + content[start + count :])[: len(content)]
     if content.startswith(b"\x89PNG") and kind != 2:
-        return _damaged_png(content, rng, unpacks=kind == 3)
+        with contextlib.suppress(zlib.error, struct.error, ValueError):  # it may be damaged already
+            return _damaged_png(content, rng, unpacks=kind == 3)
     changed = bytearray(content)
     for _ in range(int(rng.integers(1, 4))):
         # Half in the headers, where it does most, half anywhere.
