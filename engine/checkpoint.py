@@ -7,6 +7,7 @@ that was complete; the hash reveals what a disk did to it later.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -61,9 +62,7 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for left in folder.glob(".step-*.part"):  # of a run that was killed while saving
-            left.unlink()
-        with aside(folder / f"step-{step:09d}", durable=True) as out:
+        with aside(folder / "step", durable=True) as out:  # one name for all: what a killed run left goes
             with _HashingFile(out.part) as file:
                 torch.save({"format": FORMAT, "step": step, **state}, cast(IO[bytes], file))
             out.path = path = folder / f"step-{step:09d}-{file.digest.hexdigest()[:16]}.pt"
@@ -73,7 +72,10 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
     others = [old for old in _newest_first(folder) if old != path]
     damaged = [old for old in others if old.name.startswith(f"step-{step:09d}-")]  # the run has passed here before
     for old in [*damaged, *[old for old in others if old not in damaged][keep - 1 :]]:
-        old.unlink()
+        try:
+            old.unlink()
+        except OSError as error:
+            logger.warning(f"{old}: cannot be deleted: {error.strerror}")
     return path
 
 
@@ -88,14 +90,23 @@ def latest(folder: Path) -> tuple[Path | None, list[Path]]:
 
 
 def is_intact(path: Path) -> bool:
-    """Whether a checkpoint's content matches the hash in its name."""
+    """Whether a checkpoint's content matches the hash in its name.
+
+    Raises:
+        CheckpointError: this user may not read it, or the machine does not let it be read.
+    """
     match = _NAME.fullmatch(path.name)
     if not match:
         return False
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        if error.errno in (errno.EIO, errno.ENOENT, errno.EISDIR):  # of this file: the one before may be whole
+            return False
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
     return digest.hexdigest().startswith(match[2])
 
 
@@ -122,13 +133,13 @@ def source(init: InitConfig) -> Path:
         CheckpointError: there is none.
     """
     path = Path(init.source)
-    if path.is_dir():
+    if os.path.isdir(path):
         newest, damaged = latest(path / "checkpoints")
         if newest is None:
             what = f"only damaged ones: {', '.join(map(str, damaged))}" if damaged else "none yet"
             raise CheckpointError(f"init.from: {path}: expected a complete checkpoint in it, found {what}")
         return newest
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise CheckpointError(f"init.from: {path}: no such file or run folder")
     return path
 
@@ -201,7 +212,10 @@ def _must_be_trained_as(name: str, network: BackboneConfig, keys: dict[str, Any]
 
 
 def _newest_first(folder: Path) -> Iterator[Path]:
-    names = os.listdir(folder) if folder.is_dir() else []
+    try:
+        names = os.listdir(folder) if folder.is_dir() else []
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be listed: {error.strerror}") from None
     return (folder / name for name in sorted(filter(_NAME.fullmatch, names), reverse=True))
 
 

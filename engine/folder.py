@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
@@ -16,7 +17,10 @@ from engine.errors import FolderError
 from engine.log import logger
 from engine.provenance import environment
 from engine.recipe import Recipe
-from loaders.files import aside
+from loaders.files import aside, lock
+
+LATER = ("checkpoints", "tensorboard")
+"""Folders in it that are written to only when there is something to lose."""
 
 
 class RunFolder:
@@ -30,37 +34,47 @@ class RunFolder:
         """`step`: the run continues after this one."""
         self.path = recipe.folder
         names = (f"before_step_{step}" + (f"_{number}" if number else "") for number in itertools.count())
-        self.before = next(place for name in names if not (place := self.path / name).exists())
+        self.before = next(place for name in names if not os.path.lexists(place := self.path / name))
+        if problem := unwritable(recipe):
+            raise FolderError(f"run.folder: {problem}")
         with _written(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.path / ".lock", "w")
         try:
             self._hold()
+            for name in LATER:
+                with _written(self.path / name):
+                    _try(self.path / name)
             with _written(self.path):
                 kept, text = self.path / "recipe.yaml", recipe.dump()
-                if kept.exists() and kept.read_text(encoding="utf-8") != text:
+                if kept.exists() and kept.read_text(encoding="utf-8", errors="replace") != text:
                     self._keep("recipe.yaml", "environment.json")
-                kept.write_text(text, encoding="utf-8")
-                text = json.dumps(environment(), indent=2) + "\n"
-                (self.path / "environment.json").write_text(text, encoding="utf-8")
+                _write(kept, text)
+                _write(self.path / "environment.json", json.dumps(environment(), indent=2) + "\n")
         except FolderError:
             self.close()
             raise
 
     def _hold(self) -> None:
         try:
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, workers do not inherit it
-        except OSError:
+            is_ours = lock(self._lock.fileno(), fcntl.lockf)  # which workers do not inherit
+        except OSError as error:
+            logger.warning(
+                f"{self.path}: locks do not work here ({error.strerror}); two runs in one folder would not notice each "
+                "other"
+            )
+            return
+        if not is_ours:
             raise FolderError(
                 f"{self.path}: another process is running here; wait for it or give this run another name"
-            ) from None
+            )
 
     def _keep(self, *names: str) -> None:
         """Copy files into `before`."""
         self.before.mkdir(exist_ok=True)
         for name in names:
             if (self.path / name).exists():
-                shutil.copy2(self.path / name, self.before / name)
+                _copy(self.path / name, self.before / name)
 
     def set_aside(self) -> None:
         """Keep all that counts in steps in `before`, because the run goes on in steps of another size; checkpoints stay
@@ -77,7 +91,7 @@ class RunFolder:
                 try:
                     os.link(path, self.before / "checkpoints" / path.name)
                 except OSError:  # not on every file system
-                    shutil.copy2(path, self.before / "checkpoints" / path.name)
+                    _copy(path, self.before / "checkpoints" / path.name)
             if (self.path / "tensorboard").exists():
                 (self.path / "tensorboard").rename(self.before / "tensorboard")
 
@@ -103,8 +117,7 @@ class RunFolder:
                             kept.append(line)
                     except (ValueError, KeyError):
                         pass  # the last line of a run that was killed while writing it
-            with aside(path) as out:
-                out.part.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            _write(path, "".join(line + "\n" for line in kept))
             return open(path, "a", encoding="utf-8")
 
     def list_bad_images(self, bad: dict[str, str]) -> None:
@@ -114,11 +127,44 @@ class RunFolder:
         path = self.path / "bad_images.tsv"
         logger.warning(f"{len(bad)} images could not be decoded and were replaced, listed in {path}")
         with contextlib.suppress(OSError):
-            path.write_text("".join(f"{name}\t{reason}\n" for name, reason in sorted(bad.items())), encoding="utf-8")
+            _write(path, "".join(f"{name}\t{reason}\n" for name, reason in sorted(bad.items())))
 
     def close(self) -> None:
         """Let others write to it."""
         self._lock.close()
+
+
+def unwritable(recipe: Recipe) -> str:
+    """Why the run folder of a recipe cannot be written, as far as that is seen without writing, or ""."""
+    for path in (recipe.folder, *(recipe.folder / name for name in LATER)):
+        there = next(place for place in (path, *path.absolute().parents) if os.path.lexists(place))
+        if not there.exists():
+            return f"{there} is a link to {os.readlink(there)}, which is not there; make that folder or remove the link"
+        if not there.is_dir():
+            return f"{there} is not a folder; remove it or set another run.folder"
+        if not os.access(there, os.W_OK | os.X_OK):
+            return f"{there} cannot be written by this user, or lies on a disk that is read-only"
+    return ""
+
+
+def _try(folder: Path) -> None:
+    """Write to a folder that will be needed."""
+    is_new = not folder.exists()
+    folder.mkdir(exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(bytes(1 << 16))
+    if is_new:
+        folder.rmdir()
+
+
+def _write(path: Path, text: str) -> None:
+    with aside(path) as out:
+        out.part.write_text(text, encoding="utf-8")
+
+
+def _copy(source: Path, to: Path) -> None:
+    with aside(to) as out:
+        shutil.copyfile(source, out.part)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import os
 from pathlib import Path
 
@@ -14,6 +16,15 @@ TRITON = (7, 0)
 def cores() -> int:
     """CPU cores that this process may run on, which a container or `taskset` can make fewer than the machine has."""
     return len(os.sched_getaffinity(0))
+
+
+@functools.cache
+def kernel() -> str:
+    """A name for this machine since it was started; its containers share it."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text()[:8]
+    except OSError:
+        return hashlib.sha256(os.uname().nodename.encode()).hexdigest()[:8]
 
 
 def memory() -> dict[str, int]:
