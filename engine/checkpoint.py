@@ -8,6 +8,7 @@ that was complete; the hash reveals what a disk did to it later.
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import io
 import json
@@ -98,16 +99,24 @@ def is_intact(path: Path) -> bool:
     match = _NAME.fullmatch(path.name)
     if not match:
         return False
-    digest = hashlib.sha256()
     try:
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
+        found = os.stat(path)
+        digest = _digest(path, found.st_ino, found.st_size, found.st_mtime_ns)
     except OSError as error:
         if error.errno in (errno.EIO, errno.ENOENT, errno.EISDIR):  # of this file: the one before may be whole
             return False
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
-    return digest.hexdigest().startswith(match[2])
+    return digest.startswith(match[2])
+
+
+@functools.lru_cache(maxsize=64)
+def _digest(path: Path, *as_it_is: int) -> str:
+    """SHA-256 of a file; of one that is as it was, once: a start asks several times."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -5,12 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+import torch
+from torch import nn
+
 import loaders
 from engine import dist
 from engine.dist import World
+from engine.errors import RecipeError
 from engine.log import logger
 from engine.recipe import EvalConfig, Recipe
 from loaders import DataError, Index
+from models import methods
+from models.collectives import world_size
 
 
 def open_indices(recipe: Recipe, world: World) -> dict[str, Index]:
@@ -119,8 +125,33 @@ def _check(recipe: Recipe, indices: dict[str, Index]) -> None:
             recipe.method.check_classes(len(train.classes))
         except ValueError as error:
             raise DataError(f"{train.root}: {len(train.classes)} classes, {error}") from None
+    if why := _too_few(recipe):
+        raise RecipeError(f"data.micro_batch: 1 image per forward on one rank, {why}; set data.micro_batch=2 or more")
     if train.problems and recipe.data.on_bad_image == "stop":
         raise DataError(f"{_unusable(train)}; remove or repair them, or set data.on_bad_image=replace")
+
+
+def _too_few(recipe: Recipe) -> str:
+    """Why one image at a time is too few for the method, or "". Several ranks are not looked at: statistics over them
+    have more images."""
+    if recipe.data.micro_batch > 1 or world_size() > 1:
+        return ""
+    method = methods.on_meta(recipe.method).train()
+    views = [torch.empty(1, 3, view.size, view.size, device="meta") for view in recipe.data.views]
+    label = torch.zeros(1, dtype=torch.long, device="meta")
+    zeros = {name: torch.zeros((), device="meta") for name in recipe.method.schedules}
+    normalizing: list[str] = []
+    for name, module in method.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.register_forward_pre_hook(lambda *_, name=name: normalizing.append(name))
+    try:
+        with torch.no_grad():
+            method(views, label, zeros)
+    except ValueError:  # BatchNorm's
+        return f"{normalizing[-1]} normalizes over a batch" if normalizing else ""
+    except RuntimeError:  # the meta device knows no loss; all networks have run by then
+        pass
+    return ""
 
 
 def _say(recipe: Recipe, indices: dict[str, Index]) -> None:

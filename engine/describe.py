@@ -6,9 +6,10 @@ import loaders
 from engine import faults
 from engine.errors import RecipeError
 from engine.optim import is_weight
-from engine.preflight import missing, refused
+from engine.preflight import look
 from engine.recipe import Recipe, micro_steps
 from engine.schedules import Horizon, to_steps, value
+from loaders import Index
 from models import cost, methods
 
 
@@ -19,24 +20,27 @@ def describe(recipe: Recipe, *, resumes: bool = False, allow_changes: bool = Fal
         resumes, allow_changes: what the run would be started with.
     """
     lines = [recipe.dump().rstrip(), "", f"recipe hash      {recipe.hash}"]
-    problems = missing(recipe, resumes=resumes)
-    horizon = _horizon(recipe, no_data=any(problem.key == "data.train" for problem in problems))
+    problems, no, indices = look(recipe, resumes=resumes, allow_changes=allow_changes)
+    has_train = not any(problem.key in ("data.train", "data.backend") for problem in problems)
+    horizon = _horizon(recipe, indices["train"] if indices else None, has_train)
     lines += _length(recipe, horizon)
     method = methods.on_meta(recipe.method)
     lines += _parameters(recipe, method)
     lines += _cost(recipe, method, horizon.total_steps * horizon.batch_size if horizon else None)
     lines += ["", "missing:", *(f"  {problem}" for problem in problems)] if problems else ["", "missing: nothing"]
-    if no := refused(recipe, resumes=resumes, allow_changes=allow_changes):
+    if no:
         lines += ["", "would be refused:", *(f"  {text}" for text in no)]
     return "\n".join(lines)
 
 
-def _horizon(recipe: Recipe, no_data: bool) -> Horizon | None:
+def _horizon(recipe: Recipe, train: Index | None, has_train: bool) -> Horizon | None:
     data = recipe.data
+    images = data.expect_images
     try:
-        images = data.expect_images if no_data else len(loaders.open_data(data, "train"))
-    except loaders.DataError:  # it would be refused
-        images = data.expect_images
+        if train is not None or has_train:
+            images = len(loaders.open_data(data, "train") if train is None else train)
+    except loaders.DataError:  # it is among what would be refused
+        pass
     return Horizon.of(recipe.run.duration, images, data.batch_size) if images else None
 
 

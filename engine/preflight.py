@@ -6,12 +6,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+import torch
+
 from engine import checkpoint, optim
 from engine.data import open_here, roots_of
 from engine.errors import KNOWN, CheckpointError, first_line
+from engine.folder import unwritable
 from engine.recipe import Recipe
 from engine.resume import check_identity, identity, newest_checkpoint, stream_version
 from loaders import Index
+from loaders.machine import missing_compiler
 from loaders.sources import is_there
 from models import methods
 
@@ -31,13 +35,14 @@ class Problem(NamedTuple):
 
 
 def missing(recipe: Recipe, *, resumes: bool = False) -> list[Problem]:
-    """What the recipe names and this machine does not have.
+    """What the recipe names and this machine does not have or cannot use. A start asks this first, before any rank
+    waits for another.
 
     Args:
         resumes: a run that has a checkpoint no longer needs `init`.
     """
     problems = []
-    data = recipe.data
+    data, run = recipe.data, recipe.run
     if lacks := data.options.missing():
         problems.append(Problem("data.backend", lacks))
     if data.options.reads_files:
@@ -45,6 +50,15 @@ def missing(recipe: Recipe, *, resumes: bool = False) -> list[Problem]:
             if root is None or not is_there(Path(root)):
                 text = f"no folder or file {root}; expected images there, set {key}=/path/to/images"
                 problems.append(Problem(key, text))
+            elif not lacks and (why := data.options.refuses(Path(root))):
+                problems.append(Problem(key, why))
+    if why := unwritable(recipe):
+        problems.append(Problem("run.folder", why))
+    on_gpu = run.device != "cpu" and torch.cuda.is_available()
+    compiled = {"run.compile": (run.compile, "false"), "run.kernels": (on_gpu and run.kernels == "fused", "torch")}
+    for key, (is_compiled, instead) in compiled.items():
+        if is_compiled and (why := missing_compiler(on_gpu)):
+            problems.append(Problem(key, f"{why}, or {key}={instead}"))
     has_checkpoint = resumes and checkpoint.latest(recipe.folder / "checkpoints")[0] is not None
     for number, init in enumerate(() if has_checkpoint else recipe.init):
         try:
@@ -54,13 +68,24 @@ def missing(recipe: Recipe, *, resumes: bool = False) -> list[Problem]:
     return problems
 
 
-def refused(recipe: Recipe, *, resumes: bool = False, allow_changes: bool = False) -> list[str]:
-    """What a start would refuse, in its own words, besides what is `missing`; nothing is written and no device touched.
+class Findings(NamedTuple):
+    """What stands in the way of a start."""
+
+    missing: list[Problem]
+    refused: list[str]
+    """What a start would refuse, in its own words, besides what is missing."""
+    indices: dict[str, Index] | None
+    """The data sets, as `open_here` gives them; None where one is missing or refused."""
+
+
+def look(recipe: Recipe, *, resumes: bool = False, allow_changes: bool = False) -> Findings:
+    """Try all that a start tries; nothing is written but the cache of indexes, and no device touched.
 
     Args:
         resumes, allow_changes: as for the start.
     """
-    lacks = {problem.key for problem in missing(recipe, resumes=resumes)}
+    problems = missing(recipe, resumes=resumes)
+    lacks = {problem.key for problem in problems}
     said: list[str] = []
 
     def ask(question: Callable[[], T]) -> T | None:
@@ -81,7 +106,7 @@ def refused(recipe: Recipe, *, resumes: bool = False, allow_changes: bool = Fals
                 ask(lambda init=init: checkpoint.initialize(method, recipe.method, init))  # type: ignore[misc]
     elif indices is not None:
         ask(lambda: _check_resume(recipe, newest, indices, allow_changes))
-    return said
+    return Findings(problems, said, indices)
 
 
 def _check_resume(recipe: Recipe, path: Path, indices: dict[str, Index], allow_changes: bool) -> None:

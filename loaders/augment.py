@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import logging
 import math
 from collections.abc import Callable, Sequence
 
@@ -17,13 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from loaders.machine import compiles
+from loaders.machine import compiles, missing_compiler
 from loaders.sampler import BRIGHTNESS, CONTRAST, GRAY, HUE, ORDER, SATURATION, SIGMA, SOLARIZE
 from loaders.views import View
 
 _GRAY_WEIGHTS = (0.2989, 0.587, 0.114)  # ITU-R 601-2 luma, as torchvision rounds it
 _HUE_OPERATION = 3
 _NO_WEIGHT = 6.5  # beyond so many standard deviations a Gaussian's weight is below float32's rounding
+logger = logging.getLogger("burn.loaders")
 ORDERS = list(itertools.permutations(range(4)))  # of 0 brightness, 1 contrast, 2 saturation, 3 hue
 
 
@@ -32,6 +34,9 @@ def augmenter(device: torch.device) -> Callable[..., Tensor]:
     if device.type == "cpu":
         return functools.partial(augment_batch, alone=True)
     if not compiles(device):
+        return augment_batch
+    if problem := missing_compiler(on_gpu=True):
+        logger.warning(f"colors are not compiled, which takes several times as long: {problem}")
         return augment_batch
     return functools.partial(augment_batch, together=torch.compile(_together, dynamic=False))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -44,3 +45,15 @@ def cpu_flags() -> set[str]:
 def compiles(device: torch.device) -> bool:
     """Whether torch.compile can be used for a device: a GPU may be too old for Triton."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= TRITON
+
+
+def missing_compiler(on_gpu: bool) -> str:
+    """What torch.compile needs and this machine does not have, with what to do, or "": a C++ compiler for a CPU
+    (Inductor), a C compiler for a GPU (Triton)."""
+    if on_gpu:
+        tried = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+        what = "C compiler; apt-get install gcc, or set CC"
+    else:
+        tried = [os.environ.get("CXX", "g++")]
+        what = "C++ compiler; apt-get install g++, or set CXX"
+    return "" if any(map(shutil.which, tried)) else f"{' and '.join(tried)}: not found, expected a {what}"

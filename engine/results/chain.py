@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 from engine import checkpoint
 from engine import recipe as recipes
 from engine.errors import KNOWN, RecipeError, first_line
-from engine.preflight import missing, refused
+from engine.preflight import look
 from engine.recipe import Recipe
 from engine.results.runs import final, metrics
 from engine.results.scores import Outcome
@@ -83,8 +83,8 @@ def check(chains: Iterable[Chain]) -> None:
     runs = [(chain, run, run.recipe()) for chain in chains for run in chain.runs]
     planned = {str(recipe.folder): recipe for _, _, recipe in runs}
     for chain, run, recipe in runs:
-        lacking = {problem.key: str(problem) for problem in missing(recipe, resumes=True)}
-        said = refused(recipe, resumes=True)
+        problems, said, _ = look(recipe, resumes=True)
+        lacking = {problem.key: str(problem) for problem in problems}
         for number, init in enumerate(recipe.init):
             key, source = f"init.{number}.from", planned.get(init.source)
             if source is not None and key in lacking:
