@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -13,8 +14,9 @@ from engine import dist
 from engine.dist import World
 from engine.errors import RecipeError
 from engine.log import logger
-from engine.recipe import EvalConfig, Recipe
+from engine.recipe import Recipe
 from loaders import DataError, Index
+from loaders.sources import check_quarantine
 from models import methods
 from models.collectives import world_size
 
@@ -110,21 +112,23 @@ def sets_of(recipe: Recipe, number: int, indices: dict[str, Index]) -> dict[str,
 
 
 def _check(recipe: Recipe, indices: dict[str, Index]) -> None:
-    train = indices["train"]
+    train, root = indices["train"], _named(recipe, "train", indices)
+    if recipe.data.quarantine and recipe.data.options.reads_files:
+        check_quarantine(Path(recipe.data.quarantine), indices.values())
     expected = recipe.data.expect_images
     count = len(train) + train.quarantined
     if expected is not None and count != expected:
         raise DataError(
-            f"{train.root}: {count} images, the recipe expects {expected}; complete the data set, or set "
+            f"{root}: {count} images, the recipe expects {expected}; complete the data set, or set "
             f"data.expect_images={count}"
         )
-    for number, config in enumerate(recipe.evals):
-        _check_classes(config, train, sets_of(recipe, number, indices))
+    for number in range(len(recipe.evals)):
+        _check_classes(recipe, number, indices)
     if recipe.method.classes is not None and train.classes:
         try:
             recipe.method.check_classes(len(train.classes))
         except ValueError as error:
-            raise DataError(f"{train.root}: {len(train.classes)} classes, {error}") from None
+            raise DataError(f"{root}: {len(train.classes)} classes, {error}") from None
     if why := _too_few(recipe):
         raise RecipeError(f"data.micro_batch: 1 image per forward on one rank, {why}; set data.micro_batch=2 or more")
     if train.problems and recipe.data.on_bad_image == "stop":
@@ -157,6 +161,9 @@ def _too_few(recipe: Recipe) -> str:
 def _say(recipe: Recipe, indices: dict[str, Index]) -> None:
     """What each machine's reader has to say once: how the images were read, and how many cannot be used."""
     train = indices["train"]
+    if recipe.data.quarantine and recipe.data.options.reads_files:
+        if said := check_quarantine(Path(recipe.data.quarantine), indices.values()):
+            logger.warning(said)
     logger.info(f"data.train: {recipe.data.train or train.root}: {len(train):,} images, {train.reading or 'noise'}")
     for index in indices.values():
         if index.problems:
@@ -169,10 +176,25 @@ def _unusable(index: Index) -> str:
     return f"{index.root}: {count} are unusable, the first is {index.path(row)}: {reason}"
 
 
-def _check_classes(config: EvalConfig, train: Index, sets: dict[str, Index]) -> None:
-    known = sets.get("train", train).classes  # what answers are given in
-    if (val := sets["val"]).classes != known:
-        different = sorted({*val.classes} ^ {*known}) or ["their order"]
+def _check_classes(recipe: Recipe, number: int, indices: dict[str, Index]) -> None:
+    names = names_of(recipe, number)
+    known = names.get("train", "train")  # what answers are given in
+    ours, theirs = indices[names["val"]].classes, indices[known].classes
+    if ours != theirs:
+        only = {"first": sorted({*ours} - {*theirs}), "second": sorted({*theirs} - {*ours})}
+        said = [f"only the {which} has {_some(found)}" for which, found in only.items() if found]
         raise DataError(
-            f"{val.root}: its classes differ from those of {sets.get('train', train).root}: {', '.join(different[:5])}"
+            f"{_named(recipe, names['val'], indices)}: its {len(ours)} classes differ from the {len(theirs)} of "
+            f"{_named(recipe, known, indices)}: {'; '.join(said) or 'the same in another order'}"
         )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _named(recipe: Recipe, name: str, indices: dict[str, Index]) -> str:
+    """What a recipe names as a data set: of a list the file, not its folder."""
+    if not recipe.data.options.reads_files:
+        return str(indices[name].root)
+    return _own_root(recipe, name) or getattr(recipe.data, name)

@@ -47,8 +47,8 @@ def missing(recipe: Recipe, *, resumes: bool = False) -> list[Problem]:
         problems.append(Problem("data.backend", lacks))
     if data.options.reads_files:
         for key, root in roots_of(recipe).items():
-            if root is None or not is_there(Path(root)):
-                text = f"no folder or file {root}; expected images there, set {key}=/path/to/images"
+            if not root or not is_there(Path(root)):
+                text = f"no folder or file {root or None}; expected images there, set {key}=/path/to/images"
                 problems.append(Problem(key, text))
             elif not lacks and (why := data.options.refuses(Path(root))):
                 problems.append(Problem(key, why))

@@ -23,6 +23,7 @@ from engine.errors import RecipeError
 from engine.explain import explain, suggest
 from engine.log import logger
 from engine.schedules import PositiveDuration, Schedule
+from loaders.config import PathText
 from models import methods
 from models.contract import Strict
 
@@ -85,7 +86,7 @@ class RunConfig(Strict):
     """fp16: steps in a row whose gradients may overflow before the run stops."""
     timeout_seconds: int = Field(default=1800, ge=1)
     """How long a rank waits for the others in a collective before it gives up."""
-    folder: str = "runs"
+    folder: PathText = "runs"
     """The run's own folder is `<folder>/<name>`."""
 
     @model_validator(mode="after")
@@ -122,9 +123,9 @@ class EvalConfig(Strict):
     temperature: float = Field(default=0.07, gt=0)
     bank: int = Field(default=50_000, ge=1)
     """k-NN, baselines: at most this many training images, evenly spaced over the index."""
-    train: str | None = None
+    train: PathText | None = None
     """Labeled images that it learns from, in any form that `data.train` has; by default `data.train` itself."""
-    val: str | None = None
+    val: PathText | None = None
     """Labeled images that it measures on; by default `data.val`."""
 
     @property
@@ -136,7 +137,7 @@ class EvalConfig(Strict):
 class InitConfig(Strict):
     """Weights to start from: a run folder, one of its checkpoints, or a foreign file (`models/weights.py`)."""
 
-    source: str = Field(alias="from")
+    source: PathText = Field(alias="from")
     load: dict[str, str] = Field(min_length=1)
     """Part of this method -> part of the source; a list of names loads each under its own."""
 

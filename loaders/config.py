@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+import os
+from typing import Annotated, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict
+
+PathText = Annotated[str, AfterValidator(os.path.expanduser)]
+"""A path in a recipe; `~` is the home folder, as in a shell, which does not see it behind a `=`."""
 
 
 class Strict(BaseModel):

@@ -17,7 +17,7 @@ from torch import Tensor
 import loaders
 from loaders import index_file, sources
 from loaders.augment import augmenter
-from loaders.config import Request, Strict
+from loaders.config import PathText, Request, Strict
 from loaders.contract import HostBatch, Options, Order, on_device
 from loaders.errors import DataError
 from loaders.index import Index
@@ -69,11 +69,11 @@ class DataConfig(Strict):
 
     backend: str = AUTO
     """A file of `loaders/`, or `auto`: the fastest that this machine has for these data; the run says which."""
-    train: str | None = None
+    train: PathText | None = None
     """Training images: a folder of images, flat, with one folder per class or a tree of any depth; a list file
     (`<image>` or `<image> <class>` on each line); tar shards or Parquet files (a folder of them, or a pattern such as
     `shards/*.tar`); a `.beton` file; or an `.index` file of `tools/make_index.py`."""
-    val: str | None = None
+    val: PathText | None = None
     """The same for validation, with labels."""
     labels: Literal["auto", "none"] | None = None
     """Of `train` and `val`. `none`: no image has a label, and nothing of the layout is taken for one. `auto`: labels as
@@ -101,7 +101,7 @@ class DataConfig(Strict):
     on_bad_image: Literal["stop", "replace"] = "stop"
     """A training image that cannot be decoded ends the run, or gives way to its successor in the order.
     Evaluations leave such images out and say how many they measured."""
-    quarantine: str | None = None
+    quarantine: PathText | None = None
     """List of images to leave out, of training and validation alike, as `tools/scan_images.py` writes it."""
     max_pixels: int = Field(default=100_000_000, ge=1)
     """An image with more pixels counts as one that cannot be decoded."""
@@ -270,7 +270,7 @@ def open_data(config: DataConfig, split: Literal["train", "val"], *, for_labels:
     if not config.options.reads_files:
         return config.options.open_index(split)
     root = getattr(config, split)
-    if root is None:
+    if not root:
         raise DataError(f"data.{split}: not set; expected a folder of images, or what else data.{split} takes")
     index = open_root(config, root, labels=config.labels, for_labels=for_labels)
     if split == "train" and len(index) < config.batch_size:

@@ -109,7 +109,7 @@ class View(Strict):
     """Random crop: bounds of its share of the image's area."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """Random crop: bounds of width / height."""
-    resize: int | None = Field(default=None, ge=1)
+    resize: int | None = Field(default=None, ge=1, le=8192)
     """Center crop: length of the shorter side before cropping."""
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     flip: float = Probability
@@ -144,8 +144,9 @@ class View(Strict):
             raise ValueError(f"crop: center needs resize >= size ({self.size}), got resize: {self.resize}")
         for name in ("scale", "ratio", "blur_sigma"):
             low, high = getattr(self, name)
-            if not 0 < low <= high:
-                raise ValueError(f"{name}: expected 0 < low <= high, got [{low}, {high}]")
+            is_share = name == "scale"
+            if not 0 < low <= high or (is_share and high > 1):
+                raise ValueError(f"{name}: expected 0 < low <= high{' <= 1' * is_share}, got [{low}, {high}]")
         return self
 
 

@@ -13,6 +13,7 @@ files of tensors, read with `weights_only=True`):
 
 from __future__ import annotations
 
+import os
 import pickle
 import re
 from collections.abc import Mapping
@@ -23,6 +24,18 @@ import torch
 from torch import Tensor, nn
 
 State = dict[str, Tensor]
+
+_START = 256  # bytes that say what a file is
+_OURS = (b"PK\x03\x04", b"\x80")  # of torch.save: an archive, or a pickle by older versions
+_PACKED = {
+    "gzip": (b"\x1f\x8b", "gunzip"),
+    "bzip2": (b"BZh", "bunzip2"),
+    "xz": (b"\xfd7zXZ", "unxz"),
+    "zstd": (b"\x28\xb5\x2f\xfd", "unzstd"),
+    "7-Zip": (b"7z\xbc\xaf", "7z x"),
+}
+_WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+|(?<=\.)_orig_mod\.")
+"""What DataParallel and torch.compile put into the names of what they wrap."""
 
 # BURN's and ReActNet's names inside `feature.<i>.` -> ours inside `blocks.<i - 1>.`
 _BLOCK_NAMES = {
@@ -68,17 +81,43 @@ def read_file(path: Path) -> Any:
     Raises:
         WeightsError: as `read`.
     """
-    if not path.is_file():
+    if not os.path.exists(path):
         raise WeightsError(f"{path}: no such file")
     try:
+        with open(path, "rb") as file:
+            start = file.read(_START)
+    except OSError as error:
+        raise WeightsError(f"{path}: cannot be read: {error.strerror}") from None
+    if not start.startswith(_OURS):
+        raise WeightsError(f"{path}: {_what(start)}")
+    try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise WeightsError(
-            f"{path}: refused, it holds more than tensors and could run code when loaded; "
-            "expected a file of tensors only"
-        ) from error
     except Exception as error:
-        raise WeightsError(f"{path}: not a readable weight file ({type(error).__name__})") from error
+        if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
+            raise WeightsError(
+                f"{path}: refused, it holds more than tensors and could run code when loaded; "
+                "expected a file of tensors only"
+            ) from error
+        raise WeightsError(
+            f"{path}: cut short, damaged, or not written by torch.save ({type(error).__name__}); get it again"
+        ) from error
+
+
+def _what(start: bytes) -> str:
+    """What a file is that torch.save has not written, from its first bytes, and what to do."""
+    text = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if not start:
+        return "is empty; get it again"
+    if start.startswith(b"version https://git-lfs"):
+        return "is a Git LFS pointer, not the file; run `git lfs pull`"
+    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+        return "is an HTML page: a link led to a site, not to the file; download it again"
+    for name, (magic, command) in _PACKED.items():
+        if start.startswith(magic):
+            return f"is packed with {name}; unpack it with {command}"
+    if start[8:10] in (b'{"', b"{}"):
+        return "is a safetensors file; write it anew with torch.save(safetensors.torch.load_file(...), ...)"
+    return f"was not written by torch.save, it begins with {start[:8]!r}; expected a file of tensors"
 
 
 def split(content: Any, path: Path) -> dict[str, State]:
@@ -98,13 +137,13 @@ def _split(content: Any, path: Path) -> dict[str, State]:
         return _by_first_name(content["method"])
     if isinstance(content, Mapping) and isinstance(content.get("backbone"), Mapping):
         names = {"backbone": "student", "classifier": "student_head", "teacher_classifier": "teacher_head"}
-        found = {ours: content[theirs]["state_dict"] for theirs, ours in names.items() if theirs in content}
-        return {part: _reactnet(state) if part == "student" else dict(state) for part, state in found.items()}
+        found = {ours: _unwrapped(content[theirs]["state_dict"]) for theirs, ours in names.items() if theirs in content}
+        return {part: _reactnet(state) if part == "student" else state for part, state in found.items()}
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     if not isinstance(content, Mapping) or not all(isinstance(v, Tensor) for v in content.values()):
         raise WeightsError(f"{path}: unknown layout, expected one of those listed in models/weights.py")
-    state: State = {re.sub(r"^module\.", "", key): value for key, value in content.items()}
+    state: State = _unwrapped(content)
     if any(key.startswith("online_net.0.") for key in state):
         # The release writes the student twice, as `online_net.0` and as `backbone`.
         for key, value in _strip(state, "backbone.").items():
@@ -164,6 +203,10 @@ def _by_first_name(state: Mapping[str, Tensor]) -> dict[str, State]:
         if rest:
             parts.setdefault(first, {})[rest] = value
     return parts
+
+
+def _unwrapped(state: Mapping[str, Tensor]) -> State:
+    return {_WRAPPERS.sub("", key): value for key, value in state.items()}
 
 
 def _head(state: State) -> State:

@@ -329,6 +329,57 @@ def test_unknown_layout_is_refused(tmp_path, content):
         weights.read(tmp_path / "x.pt")
 
 
+def test_what_is_no_weight_file_is_called_what_it_is(tmp_path):
+    # Links that lead to a login page, clones without LFS, downloads that were packed or cut short.
+    import gzip
+    import lzma
+
+    torch.save({"a": torch.zeros(1000)}, tmp_path / "new.pt")
+    torch.save({"a": torch.zeros(1000)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    new, old = (tmp_path / "new.pt").read_bytes(), (tmp_path / "old.pt").read_bytes()
+    assert weights.read_file(tmp_path / "new.pt").keys() == weights.read_file(tmp_path / "old.pt").keys() == {"a"}
+    damaged = "cut short, damaged, or not written by torch.save"
+    for content, message in (
+        (b"", "is empty"),
+        (b"\n<!DOCTYPE html><html><body>Sign in", "is an HTML page"),
+        (b"\xef\xbb\xbf<HTML>", "is an HTML page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a Git LFS pointer.*git lfs pull"),
+        (gzip.compress(new), "is packed with gzip; unpack it with gunzip"),
+        (lzma.compress(new), "is packed with xz"),
+        ((40).to_bytes(8, "little") + b'{"a":{"dtype":"F32"}}', "is a safetensors file"),
+        (b"hello world", r"was not written by torch\.save, it begins with b'hello wo'"),
+        (b"\x89HDF\r\n\x1a\n", "was not written by torch.save"),
+        *((file[: int(len(file) * share)], damaged) for file in (new, old) for share in (0.3, 0.7, 0.99)),
+        (old[:20] + b"zzzz" + old[24:], damaged),
+    ):
+        (tmp_path / "x.pt").write_bytes(content)
+        with pytest.raises(weights.WeightsError, match=rf"x\.pt: {message}") as caught:
+            weights.read(tmp_path / "x.pt")
+        assert "\n" not in str(caught.value) and "could run code" not in str(caught.value)
+    with pytest.raises(weights.WeightsError, match="cannot be read: Is a directory"):
+        weights.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        "module.{}".format,
+        "_orig_mod.{}".format,
+        "module._orig_mod.{}".format,
+        "_orig_mod.module.{}".format,
+        lambda key: key.replace("layer1.", "layer1._orig_mod."),
+    ],
+)
+def test_names_of_compiled_and_distributed_networks(wrap, tmp_path):
+    import torchvision
+
+    state = torchvision.models.resnet18(weights=None, num_classes=7).state_dict()
+    torch.save({"state_dict": {wrap(key): value for key, value in state.items()}}, tmp_path / "x.pt")
+    torch.save(state, tmp_path / "plain.pt")
+    parts, plain = weights.read(tmp_path / "x.pt"), weights.read(tmp_path / "plain.pt")
+    assert {name: list(part) for name, part in parts.items()} == {name: list(part) for name, part in plain.items()}
+
+
 def test_file_with_code_is_refused(tmp_path):
     # reliability.md 23: a pickle that would run a command when loaded.
     import os

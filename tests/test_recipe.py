@@ -108,6 +108,15 @@ def setter(path, value):
         ("data.views.0.preset", "burnn", "unknown preset 'burnn', expected one of burn, moco_v2"),
         ("data.views.0.size", 112, "data.views.0.size: image side 112 does not fit ReActNet"),
         ("data.eval_view.size", 200, "data.eval_view.size: image side 200 does not fit ReActNet"),
+        ("data.views.0.scale", [5, 9], "scale: expected 0 < low <= high <= 1, got [5.0, 9.0]"),
+        ("data.views.0.scale", [0.5, 1.01], "scale: expected 0 < low <= high <= 1"),
+        ("data.views.0.scale", [0, 1], "scale: expected 0 < low <= high <= 1"),
+        ("data.views.0.ratio", [2, 1], "ratio: expected 0 < low <= high, got [2.0, 1.0]"),
+        ("data.views.0.ratio", [-1, 1], "ratio: expected 0 < low <= high"),
+        ("data.views.0.blur_sigma", [0, 0], "blur_sigma: expected 0 < low <= high"),
+        ("data.views.0.size", 0, "data.views.0.size: expected"),
+        ("data.views.0.size", 100000, "data.views.0.size: expected"),
+        ("data.eval_view.resize", 100000, "data.eval_view.resize: expected"),
         ("data.views.0.flip", 1.5, "data.views.0.flip: expected less than or equal to 1, got 1.5"),
         ("run.duration", "200", "run.duration: expected a duration such as 200ep"),
         ("run.duration", "10%", "run.duration: expected epochs or steps such as 200ep"),
@@ -386,3 +395,19 @@ def test_an_error_in_an_inherited_key_names_its_file(tmp_path):
         write(tmp_path, yaml.safe_dump(text), "lowest.yaml")
         with pytest.raises(RecipeError, match=rf"{key}: .* \(inherited from .*lowest\.yaml\)"):
             recipes.load(write(tmp_path, "base: lowest.yaml\n", "r2.yaml"))
+
+
+def test_a_tilde_is_the_home_folder_in_every_path(tmp_path, monkeypatch):
+    # A shell expands it at the start of a word only, not behind `data.train=`.
+    monkeypatch.setenv("HOME", str(tmp_path))
+    changes = {
+        "data.train": "~/a", "data.val": "~/b/*.tar", "data.quarantine": "~/q", "run.folder": "~/runs",
+        "evals.0.train": "~/c", "evals.0.val": "~/d",
+    }  # fmt: skip
+    recipe = tiny("quick/burn_stage1.yaml", tmp_path, *(f"{key}={value}" for key, value in changes.items()),
+                  "init=[{from: ~/e, load: [student]}]")  # fmt: skip
+    said = [recipe.data.train, recipe.data.val, recipe.data.quarantine, recipe.run.folder, recipe.evals[0].train,
+            recipe.evals[0].val, recipe.init[0].source]  # fmt: skip
+    assert said == [f"{tmp_path}{rest}" for rest in ("/a", "/b/*.tar", "/q", "/runs", "/c", "/d", "/e")]
+    assert "~" not in recipe.dump()
+    assert tiny("quick/burn_stage1.yaml", tmp_path, "data.train=a~b", "data.val=~nobody/x").data.train == "a~b"

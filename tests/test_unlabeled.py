@@ -19,7 +19,7 @@ from engine import dist
 from engine import recipe as recipes
 from loaders import DataError
 from loaders.config import Request
-from loaders.sources import open_index, shards
+from loaders.sources import is_there, open_index, shards
 from tests.images import jpeg, odd_files, picture, write_tree
 from tests.loading import FILES, as_beton, config, convert, needs, open_eval, open_train, take
 from tests.processes import tool
@@ -83,7 +83,10 @@ def test_images_and_folders_of_images_are_two_readings(tmp_path):
 
 
 def test_empty_folders_and_those_of_the_system(tmp_path):
-    root = put(tmp_path / "photos", "one/a.jpg", "two/b.jpg", "@eaDir/thumbnail.jpg", ".hidden/c.jpg", "one/.d.jpg")
+    root = put(tmp_path / "photos", "one/a.jpg", "two/b.jpg", "@eaDir/thumbnail.jpg", ".hidden/c.jpg", "one/.d.jpg",
+               "one/@eaDir/e.jpg", ".ipynb_checkpoints/f.jpg", "#snapshot/g.jpg", "two/.ipynb_checkpoints/h.jpg",
+               "@Recycle/i.jpg")  # fmt: skip
+    (root / "Thumbs.db").write_bytes(b"of another system")
     (root / "lost+found").mkdir()
     (root / "empty").mkdir()
     assert open_at(root).classes == ["one", "two"]
@@ -235,6 +238,110 @@ def test_braces(tmp_path):
     (tmp_path / "odd{1..2}").mkdir()
     put(tmp_path / "odd{1..2}", "a.jpg")
     assert found(open_at(tmp_path / "odd{1..2}")) == ["a.jpg"]
+
+
+@pytest.mark.parametrize("name", ["a b", "[ab]", "x{1,2}", "{0..3}", "*", "q?", "'\"", "h#h", "e=e", "-d", "a\nb"])
+def test_a_path_that_is_there_is_no_pattern(name, tmp_path):
+    put(tmp_path / "photos" / name, "a.jpg", "b.jpg")
+    assert found(open_at(tmp_path / "photos" / name)) == ["a.jpg", "b.jpg"]
+    (tmp_path / "photos" / name / "list.txt").write_text("b.jpg\n")
+    assert found(open_at(tmp_path / "photos" / name / "list.txt")) == ["b.jpg"]
+    for number in (1, 2):
+        write_tar(tmp_path / "shards" / name / f"{number}.tar", {"a.jpg": PIXELS})
+    for pattern, count in (("", 2), ("1.tar", 1), ("*.tar", 2), ("[12].tar", 2), ("{1..2}.tar", 2), ("{1,2}.tar", 2)):
+        assert is_there(tmp_path / "shards" / name / pattern)
+        assert len(open_at(tmp_path / "shards" / name / pattern)) == count
+
+
+def test_braces_are_those_of_a_shell(monkeypatch):
+    for pattern in ("a{1..3}", "{3..1}", "{08..11}", "{1..010}", "{0..10..4}", "{10..0..5}", "x{a,b{1,2}}y{c,d}",
+                    "{a,}b", "{a}", "a{b", "a}b", "{}", "{a,b", "{{a,b}}", "{a}{1..2}", "{1..2}{x,y}"):  # fmt: skip
+        shell = subprocess.run(["bash", "-c", f"printf '%s\\n' {pattern}"], capture_output=True, text=True, check=True)
+        assert shards.expand(pattern) == shell.stdout.splitlines(), pattern
+    monkeypatch.setattr(shards, "_MOST", 1000)
+    assert len(shards.expand("{1..1000}")) == 1000
+    for pattern in ("{0..999999999}", "{0..999999}{0..999999}", "{a,b}" * 64):
+        with pytest.raises(DataError, match=r"stands for more than 1,000 files") as caught:
+            shards.expand(pattern)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("ending", [".TAR", ".Tar"])
+def test_endings_in_capitals(ending, tmp_path):
+    write_tar(tmp_path / "s" / f"a{ending}", {"cats/A.JPG": PIXELS, "cats/B.JPEG": PIXELS, "dogs/B.jpg": PIXELS})
+    for root in (tmp_path / "s", tmp_path / "s" / f"a{ending}"):
+        index = open_at(root)
+        assert len(index) == 3 and index.label.tolist() == [0, 0, 1]
+    write_tar(tmp_path / "t.tar", {"a.JPG": PIXELS, "a.CLS": b"1", "b.jpg": PIXELS, "b.cls": b"0"})
+    assert open_at(tmp_path / "t.tar").label.tolist() == [1, 0]
+    put(tmp_path, "x.jpg")
+    (tmp_path / "LIST.TXT").write_text("x.jpg\n")
+    assert found(open_at(tmp_path / "LIST.TXT")) == ["x.jpg"]
+
+
+@pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_long_and_foreign_names_in_shards(format, tmp_path):
+    names = [f"{'d' * 90}/{'e' * 90}/{'f' * 150}.jpg", f"{'d' * 90}/{'e' * 90}/ü ñ.jpg"]
+    with tarfile.open(tmp_path / "a.tar", "w", format=format) as tar:
+        for name in names:
+            entry = tarfile.TarInfo(name)
+            entry.size = len(PIXELS)
+            tar.addfile(entry, io.BytesIO(PIXELS))
+    index = open_at(tmp_path / "a.tar")
+    assert found(index) == [f"a.tar/{name}" for name in names] and index.content(1) == PIXELS
+
+
+def test_a_member_that_is_there_twice_is_named(tmp_path, caplog):
+    write_tar(tmp_path / "a.tar", {"a.jpg": b"old", "b.jpg": PIXELS})
+    with tarfile.open(tmp_path / "a.tar", "a") as tar:  # as `tar -r` updates a file
+        entry = tarfile.TarInfo("a.jpg")
+        entry.size = len(PIXELS)
+        tar.addfile(entry, io.BytesIO(PIXELS))
+    index = open_at(tmp_path / "a.tar")
+    assert len(index) == 2 and index.content(0) == PIXELS
+    assert "1 members are left out: a.jpg (more than once in the shard, the last one is used)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("root", "message"),
+    [
+        ("z" * 300, "cannot be listed: File name too long"),
+        ("a\0b", "no path has a NUL in it"),
+        ("loop", "cannot be listed: Too many levels of symbolic links"),
+        ("nothing", "no such folder"),
+        ("photo.jpg", "is no folder, and its name says of no list or shards that it is one"),
+        ("packed", r"no images; expected files ending in .*; found 2 others, such as a\.tar\.gz"),
+        ("closed.tar", "cannot be read: Permission denied|is not a whole tar file"),
+    ],
+)
+def test_a_path_that_cannot_be_read_is_one_line(root, message, tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "nothing").symlink_to("elsewhere")
+    put(tmp_path, "photo.jpg")
+    (tmp_path / "packed").mkdir()
+    for name in ("a.tar.gz", "b.tar.gz", ".hidden"):
+        (tmp_path / "packed" / name).write_bytes(b"")
+    (tmp_path / "closed.tar").write_bytes(b"x" * 1000)
+    is_there(tmp_path / root)
+    with pytest.raises(DataError, match=message) as caught:
+        open_at(tmp_path / root)
+    assert "\n" not in str(caught.value) and is_there(tmp_path / root) == (root != "nothing")
+
+
+def test_what_may_not_be_seen_is_said_to_be_so(tmp_path, monkeypatch):
+    put(tmp_path / "photos", "a.jpg")
+    for call in ("stat", "scandir"):
+        honest = getattr(os, call)
+
+        def refuse(path, *arguments, honest=honest, **options):
+            if str(path).startswith(str(tmp_path / "photos")):
+                raise PermissionError(13, "Permission denied")
+            return honest(path, *arguments, **options)
+
+        monkeypatch.setattr(os, call, refuse)
+    assert is_there(tmp_path / "photos")
+    with pytest.raises(DataError, match=r"photos: cannot be listed: Permission denied"):
+        open_at(tmp_path / "photos")
 
 
 # ------------------------------------------------------------------------------------------------ lists
@@ -444,7 +551,7 @@ def test_a_teacher_takes_the_place_of_labels(flat, tmp_path):
 def test_labels_of_both_sides_of_an_evaluation_are_the_same(tmp_path):
     one, other = write_tree(tmp_path / "one"), write_tree(tmp_path / "other", classes=4)
     said = refused(tiny("quick/burn_stage1.yaml", tmp_path, *overrides(one), f"data.val={other}"))
-    assert "its classes differ from those of" in said and "class3" in said
+    assert said == f"{other}: its 4 classes differ from the 3 of {one}: only the first has class3"
 
 
 def test_a_run_says_how_it_read_its_images(flat, tmp_path, caplog):

@@ -7,11 +7,14 @@ them claim is refused.
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import importlib
+import itertools
 import json
 import os
 import pkgutil
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 
@@ -35,7 +38,7 @@ def open_index(root: Path, request: Request, *, quarantine: Path | None = None) 
         DataError: there is no such data set, or it is not laid out as expected.
     """
     root = root.expanduser()
-    if root.suffix == index_file.SUFFIX and not root.is_dir():
+    if root.suffix == index_file.SUFFIX and not os.path.isdir(root):
         index = _of_file(root, request)
     else:
         index = source_of(root).open_index(root, request)
@@ -62,6 +65,8 @@ def source_of(root: Path) -> ModuleType:
     Raises:
         DataError: none does, or more than one.
     """
+    if "\0" in str(root):
+        raise DataError(f"{str(root)!r}: no path has a NUL in it")
     modules = [importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)]
     found = [module for module in modules if module.claims(root)]
     if len(found) > 1:
@@ -74,9 +79,40 @@ def source_of(root: Path) -> ModuleType:
 
 
 def is_there(root: Path) -> bool:
-    """Whether there is anything to index at a path or pattern."""
+    """Whether there is anything to index at a path or pattern; True also where the machine does not let us see."""
     root = root.expanduser()
-    return root.exists() or any(shards.matching(pattern) for pattern in shards.expand(str(root)))
+    try:
+        os.stat(root)
+    except (FileNotFoundError, NotADirectoryError):
+        return any(map(os.path.exists, itertools.chain.from_iterable(map(shards.matching, shards.expand(str(root))))))
+    except (OSError, ValueError):
+        pass
+    return True
+
+
+def check_quarantine(path: Path, indices: Iterable[Index]) -> str:
+    """See whether a quarantine list belongs to data sets that were opened without its images.
+
+    Returns:
+        A line of what is odd, or "".
+
+    Raises:
+        DataError: none of its lines names an image of theirs.
+    """
+    lines = read_quarantine(path)
+    different = {(index.root, index.fingerprint): index for index in indices}.values()
+    where = " or ".join(dict.fromkeys(str(index.root) for index in different))
+    left_out = sum(index.quarantined for index in different)
+    first = os.fsdecode(next(iter(lines), b"")).encode(errors="backslashreplace").decode()
+    if lines and not left_out:
+        count = sum(map(len, different))
+        raise DataError(
+            f"{path}: matches none of the {count:,} images; its first line names {first}, expected paths relative to "
+            f"{where}"
+        )
+    if left_out < len(lines):
+        return f"{path}: {len(lines) - left_out} of its {len(lines)} lines match no image of {where}"
+    return ""
 
 
 def read_quarantine(path: Path) -> dict[bytes, str]:
@@ -86,11 +122,18 @@ def read_quarantine(path: Path) -> dict[bytes, str]:
         DataError: no such file, or a line that does not belong to a quarantine list.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        content = path.read_bytes()
+        if content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            raise DataError(f"{path}: is UTF-16; expected a quarantine list in UTF-8")
+        lines = content.decode("utf-8-sig").split("\n")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read as a quarantine list: {error.strerror}") from None
+    except UnicodeDecodeError as error:
         raise DataError(f"{path}: cannot be read as a quarantine list: {error}") from None
     names: dict[bytes, str] = {}
     for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
             entry = json.loads(line)
             names[os.fsencode(entry["path"])] = str(entry["reason"])

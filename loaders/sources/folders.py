@@ -18,13 +18,16 @@ from loaders.index import Index, Names
 WHAT = "images"
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".tif", ".tiff", ".webp")
 _USUAL = {".jpg", ".JPG", ".png", ".PNG"}  # ends of most names: found without a lower-case copy
-_OF_THE_SYSTEM = {"lost+found", "@eaDir", "#recycle", "$RECYCLE.BIN", "__MACOSX", "System Volume Information"}
+_OF_THE_SYSTEM = {
+    "lost+found", "@eaDir", "@tmp", "#recycle", "#snapshot", "@Recycle", "@Recently-Snapshot", "$RECYCLE.BIN",
+    "RECYCLER", "System Volume Information", "__MACOSX",
+}  # fmt: skip
 """Folders that file systems and storage servers put beside the user's; some hold thumbnails."""
 
 
 def claims(root: Path) -> bool:
     """A folder with an image somewhere in it."""
-    return root.is_dir() and _has_image(root)
+    return os.path.isdir(root) and _has_image(root)
 
 
 def open_index(root: Path, request: Request) -> Index:
@@ -61,7 +64,9 @@ def open_index(root: Path, request: Request) -> Index:
 
     found = Names.of_parts(names())
     if not len(found):
-        raise DataError(f"{root}: no images; expected files ending in {', '.join(EXTENSIONS)}")
+        others = [name for name in os.listdir(root) if name[0] != "." and not os.path.isdir(root / name)]
+        there = f"; found {len(others)} others, such as {min(others)}" if others else ""
+        raise DataError(f"{root}: no images; expected files ending in {', '.join(EXTENSIONS)}{there}")
     if not has_classes:
         return index_of(root, root, found, None, [], "images without labels", request)
     empty = [name for name, count in zip(folders, counts, strict=True) if not count]
@@ -98,6 +103,11 @@ def _inside(folder: str | Path) -> tuple[list[str], list[str]]:
                     images.append(name)
     except FileNotFoundError:
         raise DataError(f"{folder}: no such folder; expected images in it, or one folder of images per class") from None
+    except NotADirectoryError:
+        raise DataError(
+            f"{folder}: is no folder, and its name says of no list or shards that it is one; expected a folder of "
+            "images, or a file that ends in .txt, .tsv, .lst, .tar, .parquet, .beton or .index"
+        ) from None
     except OSError as error:  # left out in silence, its images would be missing from the data set
         raise DataError(f"{folder}: cannot be listed: {error.strerror}") from None
     return [name for name in folders if name not in _OF_THE_SYSTEM], images

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import os
 from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ _ENDINGS = tuple(extension.encode() for extension in EXTENSIONS)
 
 def claims(root: Path) -> bool:
     """By the ending of its name."""
-    return root.suffix in SUFFIXES and not root.is_dir()
+    return root.suffix.lower() in SUFFIXES and not os.path.isdir(root)
 
 
 def open_index(root: Path, request: Request) -> Index:

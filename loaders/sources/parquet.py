@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 from array import array
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +22,7 @@ from loaders.errors import DataError
 from loaders.files import aside
 from loaders.index import Index, Names, Pieces
 from loaders.sources.lists import number_classes
-from loaders.sources.shards import expand, matching
+from loaders.sources.shards import expand, in_folder, matching
 
 WHAT = "Parquet files"
 _ROWS = 64  # that are in memory at a time
@@ -32,7 +31,7 @@ HOW_TO_INSTALL = "Parquet needs pyarrow: pip install pyarrow"
 
 def claims(root: Path) -> bool:
     """By the ending of its name, or because the folder holds such a file."""
-    return any(_visible(root)) if root.is_dir() else root.suffix == ".parquet"
+    return bool(in_folder(root, ".parquet")) if os.path.isdir(root) else root.suffix.lower() == ".parquet"
 
 
 def open_index(root: Path, request: Request) -> Index:
@@ -59,13 +58,9 @@ def open_index(root: Path, request: Request) -> Index:
     return index.at(root, [os.fsencode(copy)])
 
 
-def _visible(root: Path) -> Iterator[Path]:
-    return (path for path in root.glob("*.parquet") if not path.name.startswith("."))
-
-
 def _files_of(root: Path) -> list[bytes]:
-    if root.is_dir():
-        return [os.fsencode(path) for path in sorted(_visible(root))]
+    if os.path.isdir(root):
+        return [os.fsencode(path) for path in in_folder(root, ".parquet")]
     found = [file for pattern in expand(str(root)) for file in matching(pattern) or [pattern]]
     for file in found:
         if not os.path.isfile(file):
@@ -128,11 +123,11 @@ def _unpacked(root: Path, files: list[bytes], copy: Path, request: Request) -> I
         old.unlink(missing_ok=True)
     try:
         with (
-            aside(copy) as out,
+            aside(copy.with_name(copy.name.split("-")[0])) as out,  # one name for all: what a killed copy left goes
             open(out.part, "wb") as images,
             tqdm(total=needed, desc=f"copying {root}", unit="B", unit_scale=True, disable=None) as bar,
         ):
-            at = 0
+            at, out.path = 0, copy
             for file in map(os.fsdecode, files):
                 with pq.ParquetFile(file) as table:
                     found = _columns_of(file, table.schema_arrow)

@@ -31,14 +31,15 @@ from loaders.sources.lists import Words
 
 WHAT = "tar shards"
 _COMPRESSED = (".gz", ".tgz", ".zst", ".bz2", ".xz")
-_BRACES = re.compile(r"\{([^{}]*)\}")
+_COUNT = re.compile(r"(\d+)\.\.(\d+)(?:\.\.(\d+))?")
+_MOST = 1_000_000  # names that one pattern may stand for
 _LABEL_BYTES = 1000  # a `.cls` member has a few
 logger = logging.getLogger("burn.loaders")
 
 
 def claims(root: Path) -> bool:
     """By the ending of its name, or because the folder holds a tar file."""
-    return bool(_in_folder(root)) if root.is_dir() else root.suffix in (*_COMPRESSED, ".tar")
+    return bool(in_folder(root, ".tar")) if os.path.isdir(root) else root.suffix.lower() in (*_COMPRESSED, ".tar")
 
 
 def open_index(root: Path, request: Request) -> Index:
@@ -66,11 +67,11 @@ def files_of(root: Path) -> list[bytes]:
     Raises:
         DataError: there is none, one is missing, or they are compressed.
     """
-    if root.suffix in _COMPRESSED and not root.is_dir():
+    if root.suffix.lower() in _COMPRESSED and not os.path.isdir(root):
         raise DataError(f"{root}: compressed shards cannot be read in place; expected plain .tar files")
     shards: list[str] = []
     for pattern in expand(str(root)):
-        found = _in_folder(Path(pattern)) if os.path.isdir(pattern) else matching(pattern)
+        found = in_folder(Path(pattern), ".tar") if os.path.isdir(pattern) else matching(pattern)
         if not found:
             folder = os.path.dirname(pattern) or "."
             raise DataError(f"{pattern}: no such shard; expected tar files such as {folder}/*.tar")
@@ -79,29 +80,84 @@ def files_of(root: Path) -> list[bytes]:
 
 
 def matching(pattern: str) -> list[str]:
-    """The files of a name or a pattern with `*`, `?` and `[...]`; a file of exactly that name comes first."""
-    return [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern))
+    """The files of a name or a pattern with `*`, `?` and `[...]`; what is there as it is written is no pattern."""
+    there, rest = _as_written(pattern)
+    return [pattern] if not rest else sorted(glob.glob(glob.escape(there) + rest))
 
 
 def expand(pattern: str) -> list[str]:
-    """The names that braces stand for, as in a shell: `{000..146}` counts with leading zeros, `{a,b}` lists."""
-    parts: list[list[str]] = []
-    last = 0
-    for match in _BRACES.finditer(pattern):
-        if count := re.fullmatch(r"(\d+)\.\.(\d+)", match[1]):
-            low, high = int(count[1]), int(count[2])
-            values = [f"{number:0{len(count[1])}d}" for number in range(low, high + 1)]
-        elif "," in match[1]:
-            values = match[1].split(",")
+    """The names that braces stand for, as in a shell: `{000..146}` counts with leading zeros, `{a,b}` lists, one pair
+    may lie in another. What is there as it is written is no pattern.
+
+    Raises:
+        DataError: they stand for more names than any data set has.
+    """
+    there, rest = _as_written(pattern)
+    names = [there + name for name in itertools.islice(_expanded(rest), _MOST + 1)]
+    if len(names) > _MOST:
+        raise DataError(f"{pattern}: stands for more than {_MOST:,} files; expected those that there are")
+    return names
+
+
+def _as_written(pattern: str) -> tuple[str, str]:
+    """The part of a path that is there, character for character, and the rest."""
+    end = len(pattern)
+    while end > 0 and not os.path.exists(pattern[:end]):
+        end = pattern.rfind("/", 0, end)
+    return (pattern[:end], pattern[end:]) if end > 0 else ("", pattern)
+
+
+def _expanded(text: str) -> Iterator[str]:
+    for start, end in _pairs(text):
+        body = text[start + 1 : end]
+        if count := _COUNT.fullmatch(body):
+            first, last, step = int(count[1]), int(count[2]), int(count[3] or 1) or 1
+            is_padded = any(len(number) > 1 and number.startswith("0") for number in (count[1], count[2]))
+            width = max(len(count[1]), len(count[2])) if is_padded else 0
+            numbers = range(first, last + 1, step) if first <= last else range(first, last - 1, -step)
+            choices: Iterator[str] = (f"{number:0{width}d}" for number in numbers)
+        elif len(parts := _split(body)) > 1:
+            choices = (name for part in parts for name in _expanded(part))
         else:
-            values = [match[0]]
-        parts += [[pattern[last : match.start()]], values]
-        last = match.end()
-    return ["".join(part) for part in itertools.product(*parts, [pattern[last:]])]
+            continue
+        for choice in choices:
+            for rest in _expanded(text[end + 1 :]):
+                yield text[:start] + choice + rest
+        return
+    yield text
 
 
-def _in_folder(root: Path) -> list[str]:
-    return sorted(str(path) for path in root.glob("*.tar") if not path.name.startswith(".") and not path.is_dir())
+def _pairs(text: str) -> Iterator[tuple[int, int]]:
+    """Where each `{` and the `}` that belongs to it are."""
+    for start, sign in enumerate(text):
+        depth = 0
+        for end in range(start, len(text)) if sign == "{" else ():
+            depth += (text[end] == "{") - (text[end] == "}")
+            if not depth:
+                yield start, end
+                break
+
+
+def _split(text: str) -> list[str]:
+    """Parts between the commas that lie in no pair of braces."""
+    parts, depth = [""], 0
+    for sign in text:
+        depth += (sign == "{") - (sign == "}")
+        if sign == "," and not depth:
+            parts.append("")
+        else:
+            parts[-1] += sign
+    return parts
+
+
+def in_folder(root: Path, ending: str) -> list[str]:
+    """The files in a folder whose names end so, without those that are hidden, sorted."""
+    try:
+        names = os.listdir(root)
+    except OSError:  # a source that needs the folder says so
+        return []
+    found = (os.path.join(root, name) for name in names if name.lower().endswith(ending) and name[0] != ".")
+    return sorted(path for path in found if not os.path.isdir(path))
 
 
 def _folder_of(shards: list[bytes]) -> Path:
@@ -194,6 +250,8 @@ def _scan(shard: bytes) -> _Shard:
                 is_image = base.lower().endswith(EXTENSIONS)
                 if base.startswith("."):
                     continue
+                if is_image and name in images:
+                    left_out.append(f"{name} (more than once in the shard, the last one is used)")
                 if member.isreg() and not member.issparse() and is_image:
                     images[name] = (member.offset_data, member.size)
                 elif is_image and (member.islnk() or member.issym()):
@@ -206,11 +264,13 @@ def _scan(shard: bytes) -> _Shard:
                         left_out.append(f"{name} (a link to {member.linkname}, which is not before it in the shard)")
                 elif is_image and not member.isdir():
                     left_out.append(f"{name} (sparse, or not a file)")
-                elif member.isreg() and base.endswith(".cls") and member.size < _LABEL_BYTES:
+                elif member.isreg() and base.lower().endswith(".cls") and member.size < _LABEL_BYTES:
                     file = tar.extractfile(member)
                     assert file
-                    labels[name.removesuffix(".cls")] = file.read().decode("utf-8", "backslashreplace").strip()
-    except (tarfile.TarError, OSError, EOFError) as error:
+                    labels[name[:-4]] = file.read().decode("utf-8", "backslashreplace").strip()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except (tarfile.TarError, EOFError) as error:
         raise DataError(f"{path}: is not a whole tar file: {error}") from None
     members = []
     for name in _one_of_each_sample(images, left_out):
