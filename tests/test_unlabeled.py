@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,10 +16,11 @@ from PIL import Image
 
 import loaders
 from engine import data as run_data
-from engine import dist
+from engine import dist, preflight
 from engine import recipe as recipes
 from loaders import DataError
 from loaders.config import Request
+from loaders.machine import kernel
 from loaders.sources import is_there, open_index, shards
 from tests.images import jpeg, odd_files, picture, write_tree
 from tests.loading import FILES, as_beton, config, convert, needs, open_eval, open_train, take
@@ -560,3 +562,109 @@ def test_a_run_says_how_it_read_its_images(flat, tmp_path, caplog):
     with caplog.at_level(logging.INFO, logger="burn"):
         run_data.open_indices(recipe, dist.start("cpu", 60))
     assert f"data.train: {flat}: 24 images, images without labels" in caplog.messages
+
+
+@pytest.mark.parametrize(
+    ("val", "difference"),
+    [
+        ("cat dog", "only the second has bird"),
+        ("bird cat cow dog", "only the first has cow"),
+        ("bird cat cow", "only the first has cow; only the second has dog"),
+        (
+            "c0 c1 c2 c3 c4 c5 c6",
+            "only the first has c0, c1, c2, c3, c4 and 2 more; only the second has bird, cat, dog",
+        ),
+    ],
+)
+def test_lists_that_differ_in_their_classes_are_named_with_them(val, difference, tmp_path):
+    put(tmp_path, *(f"{number}.jpg" for number in range(16)))
+    for name, words in (("train", ["bird", "cat", "dog"]), ("val", val.split())):
+        lines = (f"{number}.jpg {words[number % len(words)]}\n" for number in range(16))
+        (tmp_path / f"{name}.txt").write_text("".join(lines))
+    said = refused(tiny("quick/burn_stage1.yaml", tmp_path, *overrides(tmp_path / "train.txt"),
+                        f"data.val={tmp_path / 'val.txt'}"))  # fmt: skip
+    count = len(val.split())
+    assert said == f"{tmp_path}/val.txt: its {count} classes differ from the 3 of {tmp_path}/train.txt: {difference}"
+    said = refused(tiny("quick/burn_stage1.yaml", tmp_path, *overrides(tmp_path / "train.txt"),
+                        f"data.val={tmp_path / 'train.txt'}", "data.expect_images=3"))  # fmt: skip
+    assert said.startswith(f"{tmp_path}/train.txt: 16 images, the recipe expects 3")
+
+
+# ------------------------------------------------------------------------------------------------ quarantine
+
+
+def quarantine(path, *names, encoding="utf-8", newline="\n"):
+    text = "".join(json.dumps({"path": name, "reason": "ugly"}) + newline for name in names)
+    path.write_bytes(text.encode(encoding))
+    return path
+
+
+def quarantined(tmp_path, root, path, *more):
+    both = [f"data.val={root}", f"data.quarantine={path}"]
+    recipe = tiny("quick/burn_stage1.yaml", tmp_path, *overrides(root), *both, *more)
+    return recipe, run_data.open_indices(recipe, dist.start("cpu", 60))
+
+
+def test_a_quarantine_list_of_another_data_set_is_refused(tree, tmp_path):
+    path = quarantine(tmp_path / "q.jsonl", "train/class0/0000.jpg", "train/class1/0001.jpg")
+    with pytest.raises(DataError) as caught:
+        quarantined(tmp_path, tree, path)
+    assert str(caught.value) == (
+        f"{path}: matches none of the 24 images; its first line names train/class0/0000.jpg, expected paths relative "
+        f"to {tree}"
+    )
+    recipe = tiny("quick/burn_stage1.yaml", tmp_path, *overrides(tree), f"data.val={tree}", f"data.quarantine={path}")
+    assert preflight.look(recipe).refused == [str(caught.value)]
+
+
+def test_lines_of_a_quarantine_list_that_match_nothing_are_counted(tree, tmp_path, caplog):
+    names = ["class0/0000.jpg", "class0/gone.jpg", "class1/0001.jpg"]
+    _, indices = quarantined(tmp_path, tree, quarantine(tmp_path / "q.jsonl", *names))
+    assert indices["train"].quarantined == 2 and len(indices["val"]) == 22
+    (said,) = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    assert said == f"{tmp_path}/q.jsonl: 1 of its 3 lines match no image of {tree}"
+    caplog.clear()
+    quarantined(tmp_path, tree, quarantine(tmp_path / "q.jsonl", *names[::2]))
+    assert not [record for record in caplog.records if record.levelno == logging.WARNING]
+    (tmp_path / "q.jsonl").write_text("")  # a scan that has found nothing
+    assert len(quarantined(tmp_path, tree, tmp_path / "q.jsonl")[1]["train"]) == 24
+
+
+def test_a_quarantine_list_may_be_of_one_of_two_data_sets(tmp_path):
+    tree = write_tree(tmp_path / "data")  # both lists of images lie in one folder
+    for name, numbers in (("train", range(0, 24)), ("val", range(3, 24))):
+        lines = (f"class{number % 3}/{number:04d}.jpg {number % 3}\n" for number in numbers)
+        (tree / f"{name}-list.txt").write_text("".join(lines))
+    path = quarantine(tmp_path / "q.jsonl", "class0/0000.jpg")
+    more = [f"data.train={tree}/train-list.txt", f"data.val={tree}/val-list.txt"]
+    _, indices = quarantined(tmp_path, tree, path, *more)
+    assert (indices["train"].quarantined, indices["val"].quarantined) == (1, 0)
+
+
+@pytest.mark.parametrize(("encoding", "newline"), [("utf-8-sig", "\n"), ("utf-8", "\r\n"), ("utf-8-sig", "\n\r\n\n")])
+def test_encodings_of_a_quarantine_list(encoding, newline, tree, tmp_path):
+    path = quarantine(tmp_path / "q.jsonl", "class0/0000.jpg", "class1/0001.jpg", encoding=encoding, newline=newline)
+    assert len(open_index(tree, Request(10**8), quarantine=path)) == 22
+    for wide in ("utf-16", "utf-16-le"):
+        text = path.read_text(encoding="utf-8-sig")
+        path.write_bytes((b"\xff\xfe" if wide.endswith("le") else b"") + text.encode(wide))
+        with pytest.raises(DataError, match=r"q\.jsonl: is UTF-16; expected a quarantine list in UTF-8"):
+            open_index(tree, Request(10**8), quarantine=path)
+        path.write_text(text)
+
+
+def test_a_killed_copy_of_parquet_goes_with_the_next(flat, tmp_path):
+    write_parquet(tmp_path / "a.parquet", [PIXELS])
+    (copy,) = open_at(tmp_path / "a.parquet").pieces.files
+    names = {os.path.basename(os.fsdecode(copy))}
+    cache = Path(os.fsdecode(copy)).parent
+    left = [cache / f".{copy_name(copy)}.{kernel()}-00000000.{ending}" for ending in ("part", "lock")]
+    for path in left:
+        path.write_bytes(b"half")
+    write_parquet(tmp_path / "a.parquet", [PIXELS, PIXELS])  # the next has another stamp
+    assert len(open_at(tmp_path / "a.parquet")) == 2
+    assert not any(path.exists() for path in left) and not names & {path.name for path in cache.iterdir()}
+
+
+def copy_name(copy):
+    return os.path.basename(os.fsdecode(copy)).split("-")[0]
