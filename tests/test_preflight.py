@@ -251,3 +251,17 @@ def test_a_dry_run_opens_and_reads_each_thing_once(tree, tmp_path, monkeypatch):
     assert "missing: nothing" in text and "would be refused" not in text
     assert len(opened) == 2 and len(read) == 1  # of train and val, and of the newest checkpoint
     assert {path: path.stat().st_mtime_ns for path in recipe.folder.rglob("*")} == before
+
+
+def test_the_doctor_measures_nothing_that_cannot_be_compiled(tree, tmp_path, monkeypatch, capsys):
+    path = ROOT / "recipes/quick/supervised.yaml"
+    more = [*FILES, f"data.train={tree}", f"data.val={tree}", "method.num_classes=3", "run.compile=true"]
+    doctor = tool("doctor")
+    monkeypatch.setattr(doctor, "back_ends", lambda: [])  # which take their time
+    monkeypatch.setattr(doctor, "_keeps_up", lambda recipe: pytest.fail("measures"))
+    monkeypatch.setattr("sys.argv", ["doctor.py", str(path), *tiny_overrides(path, tmp_path), *more])
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert doctor.main() == 1
+    said = capsys.readouterr().out
+    assert "missing            run.compile: g++: not found, expected a C++ compiler; apt-get install g++" in said

@@ -134,7 +134,7 @@ def main() -> int:
             print(f"{'disk, cold':18} {disk_speed(files)} of {of}")
         for problem in problems:
             print(f"{'missing':18} {problem}")
-        if recipe and has_data:
+        if recipe and has_data and not any(problem.key.startswith("run.") for problem in problems):
             _keeps_up(recipe)
     except KNOWN as error:
         print(f"error: {error}", file=sys.stderr)
