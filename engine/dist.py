@@ -18,7 +18,19 @@ from torch.nn.parallel import DistributedDataParallel
 
 from engine import accelerator
 from engine.consensus import Consensus
-from engine.errors import KNOWN, Ended, EngineError, RankError, RecipeError, is_own, is_shared, report, shared
+from engine.errors import (
+    KNOWN,
+    Ended,
+    EngineError,
+    RankError,
+    RecipeError,
+    guarded,
+    is_own,
+    is_shared,
+    report,
+    reports,
+    shared,
+)
 from loaders import Place
 
 T = TypeVar("T")
@@ -160,13 +172,16 @@ def stop(*, in_order: bool = True) -> None:
 
 def leave(main: Callable[[], int]) -> NoReturn:
     """Run a tool's `main` and end the process with its code, whatever other ranks and their devices are doing."""
+    rank, local_rank = environment_rank(), environment_rank(local=True)
     try:
-        code = main()
+        code = guarded(
+            main,
+            says=lambda error: reports(error, rank, local_rank),
+            # A rank that waits for others does not hear a handler of Python's: a signal ends it as it is.
+            takes_signals="RANK" not in os.environ,
+        )()
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 2
-    except BaseException as error:  # what Python itself would do, but it would wait for threads
-        report(error)
-        code = 1
     if _left:
         sys.exit(code)
     sys.stdout.flush()

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import functools
+import os
+import select
+import signal
 import sys
+import threading
 import traceback
-from typing import ClassVar, TypeVar
+from collections.abc import Callable, Iterator
+from io import UnsupportedOperation
+from types import FrameType
+from typing import ClassVar, TextIO, TypeVar
 
 from loaders import DataError, LoaderError
 from models.weights import WeightsError
@@ -128,10 +138,129 @@ def report(error: BaseException) -> None:
     if getattr(error, "is_reported", False):
         return
     error.is_reported = True  # type: ignore[attr-defined]
+    said = line(error)
+    with contextlib.suppress(OSError):  # nobody may be listening
+        if said is None:
+            traceback.print_exception(error)
+        else:
+            print(said, file=sys.stderr, flush=True)
+
+
+def line(error: BaseException) -> str | None:
+    """What ended a run or a tool, where a user or a machine is at fault; None of a defect."""
     if isinstance(error, KNOWN):
-        print(error if isinstance(error, Stopped) else f"error: {error}", file=sys.stderr, flush=True)
-    else:
-        traceback.print_exception(error)
+        return str(error) if isinstance(error, Stopped) else f"error: {error}"
+    if isinstance(error, KeyboardInterrupt):
+        return "stopped"
+    if isinstance(error, MemoryError):
+        return f"error: out of memory: {first_line(error)}"
+    if isinstance(error, OSError) and error.errno is not None:  # what libraries derive from it has no number
+        where = _raised_at(error) if error.filename is None else error.filename
+        return f"error: {os.fsdecode(where) if isinstance(where, bytes) else where}: {error.strerror}"
+    return None
+
+
+def exit_code(error: BaseException) -> int:
+    """The code that a tool leaves with after an error; 1 after a defect."""
+    if isinstance(error, KNOWN):
+        return error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + int(*error.args or (signal.SIGINT,))
+    if line(error) is None:
+        return 1
+    return 2 if isinstance(error, OSError) and error.errno in _MISNAMED else MachineError.exit_code
+
+
+_MISNAMED = {
+    getattr(errno, name)
+    for name in "ENOENT ENOTDIR EISDIR EEXIST ENOTEMPTY EACCES EPERM EROFS ENAMETOOLONG ELOOP".split()
+}
+"""What another name or permission would mend; the rest is the machine's: a full disk, too many open files."""
+
+
+def _raised_at(error: BaseException) -> str:
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{frames[-1].filename}, line {frames[-1].lineno}" if frames else type(error).__name__
+
+
+def guarded(
+    main: Callable[[], int],
+    *,
+    says: Callable[[BaseException], bool] = lambda error: True,
+    takes_signals: bool = True,
+) -> Callable[[], int]:
+    """The `main` of a tool with an answer to whatever can end it: one line on standard error and an exit code where a
+    user or a machine is at fault, a traceback where the program is.
+
+    Args:
+        main: returns an exit code.
+        says: whether this process says what is no defect; several of one run need not all do.
+        takes_signals: SIGTERM and SIGHUP end it as Ctrl-C does, so that what is half written is removed.
+
+    Returns:
+        A function that returns the exit code: that of `main` or of its error; 128 and its number after a signal; 141,
+        without a word, where the reader of standard output is gone. It raises nothing but the SystemExit of argparse.
+    """
+
+    @functools.wraps(main)
+    def call() -> int:
+        ended: BaseException | None = None
+        try:
+            with _signals_interrupt() if takes_signals else contextlib.nullcontext():
+                code = main()
+        except BaseException as error:
+            ended, code = error, exit_code(error)
+        lost = _lost_output(ended)
+        if lost and (ended is None or isinstance(ended, SystemExit | OSError)):
+            if lost.errno == errno.EPIPE:
+                return 128 + signal.SIGPIPE
+            ended, code = lost, exit_code(lost)
+        if isinstance(ended, SystemExit):
+            raise ended
+        if ended is not None and (line(ended) is None or says(ended)):
+            report(ended)
+        return code
+
+    return call
+
+
+@contextlib.contextmanager
+def _signals_interrupt() -> Iterator[None]:
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt(number)
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) == signal.SIG_DFL:  # nohup's choice stays
+                before[number] = signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _lost_output(ended: BaseException | None) -> OSError | None:
+    """Why what was printed cannot be written, if so; it then goes nowhere, or the end of Python would fail on it."""
+    lost = None
+    for name in ("stderr", "stdout"):
+        stream = getattr(sys, name)
+        try:
+            stream.flush()
+            if isinstance(ended, BrokenPipeError) and _has_no_reader(stream):
+                raise ended
+        except OSError as error:
+            lost = OSError(error.errno, error.strerror, f"standard {'error' if name == 'stderr' else 'output'}")
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return lost
+
+
+def _has_no_reader(stream: TextIO) -> bool:
+    poll = select.poll()
+    with contextlib.suppress(UnsupportedOperation):  # a stream of Python alone
+        poll.register(stream.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def reports(error: BaseException, rank: int, local_rank: int) -> bool:

@@ -25,7 +25,7 @@ from queue import Empty, Queue
 import _root
 import torch
 
-from engine.errors import KNOWN, RecipeError, Stopped
+from engine.errors import RecipeError, Stopped, guarded
 from engine.log import duration
 from engine.provenance import environment
 from engine.recipe import Recipe
@@ -170,6 +170,7 @@ def plan(chains: list[Chain], launcher: list[str], layer: str) -> str:
     return "\n".join([f"# {LAYERS[layer]}", *commands])
 
 
+@guarded
 def main() -> int:
     """Run a table and write `table.md`, `table.json` and `table.png` into its folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -188,44 +189,40 @@ def main() -> int:
     parser.add_argument("--plan", action="store_true", help="print the commands and run nothing")
     arguments = parser.parse_intermixed_args()
     launcher = shlex.split(arguments.launcher)
-    try:
-        spec = table.load(arguments.table)
-        changes = {key: getattr(arguments, key) for key in ("seeds", "images") if getattr(arguments, key) is not None}
-        for key, item in changes.items():
-            if item < 1:
-                raise RecipeError(f"--{key}: expected at least 1, got {item}")
-        if arguments.jobs < 1:
-            raise RecipeError(f"--jobs: expected at least 1, got {arguments.jobs}")
-        if launcher and not shutil.which(launcher[0]):
-            raise RecipeError(f"--launcher: no program {launcher[0]!r} on this machine")
-        if launcher and arguments.jobs > 1:
-            raise RecipeError("--jobs: expected 1 with --launcher, which uses the machine by itself")
-        spec = spec.model_copy(update=changes)
-        names = [row.name for row in spec.rows]
-        for name in arguments.only or ():
-            if name not in names:
-                raise RecipeError(f"--only: no row {name!r}, expected some of {', '.join(map(repr, names))}")
-        rows = [row for row in spec.rows if not arguments.only or row.name in arguments.only]
-        # Another budget is another table.
-        budget = f"_{spec.images}" if spec.images != table.load(arguments.table).images else ""
-        out = arguments.out or Path("runs") / f"table_{arguments.table.stem}{budget}"
-        extra = list(arguments.override)
-        chains = [
-            table.chain(spec, row, seed, arguments.table, out, extra)
-            for seed, row in itertools.product(range(spec.seeds), rows)
-        ]
-        # Rows that wait for the teacher come last, so that the others fill the time.
-        chains.sort(key=lambda chain: chain.needs_teacher)
-        teacher = table.teacher_chain(spec, arguments.table, out, extra)
-        if teacher and any(chain.needs_teacher for chain in chains):
-            chains.insert(0, teacher)
-        if arguments.plan:
-            print(plan(chains, launcher, spec.layer))
-            return 0
-        check(chain for chain in chains if chain.seed == 0)  # the others differ in their seed alone
-    except KNOWN as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    spec = table.load(arguments.table)
+    changes = {key: getattr(arguments, key) for key in ("seeds", "images") if getattr(arguments, key) is not None}
+    for key, item in changes.items():
+        if item < 1:
+            raise RecipeError(f"--{key}: expected at least 1, got {item}")
+    if arguments.jobs < 1:
+        raise RecipeError(f"--jobs: expected at least 1, got {arguments.jobs}")
+    if launcher and not shutil.which(launcher[0]):
+        raise RecipeError(f"--launcher: no program {launcher[0]!r} on this machine")
+    if launcher and arguments.jobs > 1:
+        raise RecipeError("--jobs: expected 1 with --launcher, which uses the machine by itself")
+    spec = spec.model_copy(update=changes)
+    names = [row.name for row in spec.rows]
+    for name in arguments.only or ():
+        if name not in names:
+            raise RecipeError(f"--only: no row {name!r}, expected some of {', '.join(map(repr, names))}")
+    rows = [row for row in spec.rows if not arguments.only or row.name in arguments.only]
+    # Another budget is another table.
+    budget = f"_{spec.images}" if spec.images != table.load(arguments.table).images else ""
+    out = arguments.out or Path("runs") / f"table_{arguments.table.stem}{budget}"
+    extra = list(arguments.override)
+    chains = [
+        table.chain(spec, row, seed, arguments.table, out, extra)
+        for seed, row in itertools.product(range(spec.seeds), rows)
+    ]
+    # Rows that wait for the teacher come last, so that the others fill the time.
+    chains.sort(key=lambda chain: chain.needs_teacher)
+    teacher = table.teacher_chain(spec, arguments.table, out, extra)
+    if teacher and any(chain.needs_teacher for chain in chains):
+        chains.insert(0, teacher)
+    if arguments.plan:
+        print(plan(chains, launcher, spec.layer))
+        return 0
+    check(chain for chain in chains if chain.seed == 0)  # the others differ in their seed alone
 
     pool = Pool(chains, out, launcher, min(arguments.jobs, len(chains)))
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -11,7 +11,6 @@ lies `<out>.json`: count, classes, sizes, options, fingerprint of the source and
 
 import argparse
 import random
-import shutil
 import sys
 import time
 from collections import deque
@@ -27,6 +26,7 @@ from torchvision.io import encode_jpeg
 from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
 
+from engine.errors import guarded
 from loaders import DataError, Index, beton, machine
 from loaders.config import Request
 from loaders.decode import jpeg_frame
@@ -164,6 +164,7 @@ def verify(path: Path, workers: int) -> list[str]:
     return problems
 
 
+@guarded
 def main() -> int:
     """Parse the command line; convert or verify."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -203,25 +204,13 @@ def main() -> int:
     if not 0 <= options.raw_share <= 1:
         parser.error(f"--raw-share: expected 0 to 1, got {options.raw_share}")
     started = time.perf_counter()
-    try:
-        if options.verify:
-            problems = verify(options.verify, options.workers)
-            for problem in problems:
-                print(f"{options.verify}: {problem}")
-            print(f"{options.verify}: {f'{len(problems)} problems' if problems else 'whole'}")
-            return 1 if problems else 0
-        count = convert(options)
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except OSError as error:
-        free = shutil.disk_usage(Path(options.out).parent).free if Path(options.out).parent.exists() else 0
-        print(
-            f"error: {error.filename or options.out}: {error.strerror}; {free / 2**30:.1f} GiB are free there, nothing "
-            "was kept",
-            file=sys.stderr,
-        )
-        return 2
+    if options.verify:
+        problems = verify(options.verify, options.workers)
+        for problem in problems:
+            print(f"{options.verify}: {problem}")
+        print(f"{options.verify}: {f'{len(problems)} problems' if problems else 'whole'}")
+        return 1 if problems else 0
+    count = convert(options)
     seconds, size = time.perf_counter() - started, Path(options.out).stat().st_size
     print(f"{options.out}: {count:,} images, {size / 2**30:.2f} GiB ({size / max(count, 1) / 1024:.0f} KiB per image), "
           f"{count / seconds:.0f} images/s")  # fmt: skip

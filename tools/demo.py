@@ -28,7 +28,7 @@ from torch import Tensor
 import loaders
 from engine import checkpoint, train
 from engine import recipe as recipes
-from engine.errors import KNOWN, Stopped
+from engine.errors import Stopped, guarded
 from engine.log import duration, to_console
 from engine.provenance import environment
 from engine.recipe import Recipe
@@ -224,6 +224,7 @@ def _draw_scores(bars: Any, scores: Sequence[Score]) -> None:
     bars.set(title="linear top-1 % on held-out images", xlim=(0, 100))
 
 
+@guarded
 def main() -> int:
     """Run the chains of the digits, or of somebody's pictures, and write the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -245,11 +246,8 @@ def main() -> int:
         else:
             out = arguments.out or Path("runs") / re.sub(r"\W+", "_", arguments.pictures.resolve().stem)
             run_pictures(arguments.pictures, out, arguments.images, is_plan=arguments.plan)
-    except KNOWN as error:
-        print(
-            f"{error}; start this command again" if isinstance(error, Stopped) else f"error: {error}", file=sys.stderr
-        )
-        return error.exit_code
+    except Stopped as error:
+        raise Stopped(f"{error}; start this command again") from None
     return 0
 
 

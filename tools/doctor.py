@@ -28,7 +28,7 @@ from engine import accelerator, dist
 from engine import recipe as recipes
 from engine.bench import loader as loader_bench
 from engine.bench import step as step_bench
-from engine.errors import KNOWN
+from engine.errors import guarded
 from engine.preflight import missing
 from engine.recipe import Recipe
 from loaders import machine
@@ -116,6 +116,7 @@ def step_speeds(recipe: Recipe) -> tuple[float, float]:
     return step_bench.with_and_without_loader(small, world, steps=7 if on_gpu else 3)
 
 
+@guarded
 def main() -> int:
     """Print the findings."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -124,21 +125,17 @@ def main() -> int:
     arguments = parser.parse_intermixed_args()
     for what, how in [*facts(), *((f"back end {name}", how) for name, how in back_ends())]:
         print(f"{what:18} {how}", flush=True)
-    try:
-        recipe = recipes.load(arguments.recipe, arguments.override) if arguments.recipe else None
-        problems = missing(recipe) if recipe else []
-        has_data = not any(problem.key in ("data.train", "data.val") for problem in problems)
-        with tempfile.TemporaryDirectory() as folder:
-            files = _some_files(recipe if has_data else None, Path(folder))
-            of = "the data set" if recipe and has_data else tempfile.gettempdir()
-            print(f"{'disk, cold':18} {disk_speed(files)} of {of}")
-        for problem in problems:
-            print(f"{'missing':18} {problem}")
-        if recipe and has_data and not any(problem.key.startswith("run.") for problem in problems):
-            _keeps_up(recipe)
-    except KNOWN as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    recipe = recipes.load(arguments.recipe, arguments.override) if arguments.recipe else None
+    problems = missing(recipe) if recipe else []
+    has_data = not any(problem.key in ("data.train", "data.val") for problem in problems)
+    with tempfile.TemporaryDirectory() as folder:
+        files = _some_files(recipe if has_data else None, Path(folder))
+        of = "the data set" if recipe and has_data else tempfile.gettempdir()
+        print(f"{'disk, cold':18} {disk_speed(files)} of {of}")
+    for problem in problems:
+        print(f"{'missing':18} {problem}")
+    if recipe and has_data and not any(problem.key.startswith("run.") for problem in problems):
+        _keeps_up(recipe)
     return 1 if problems else 0
 
 

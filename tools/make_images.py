@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFile
 from tqdm import tqdm
 
-from engine.errors import first_line
+from engine.errors import first_line, guarded
 from loaders import DataError
 from loaders.files import aside
 
@@ -335,6 +335,7 @@ def make(dataset: str, out: Path, *, source: Path | None = None, limit: int | No
         write(cifar10(source, png), out, limit)  # type: ignore[arg-type]
 
 
+@guarded
 def main() -> int:
     """Parse the command line and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -344,11 +345,7 @@ def main() -> int:
     parser.add_argument("--limit", type=int, help="at most this many images of each split")
     parser.add_argument("--png", action="store_true", help="cifar10: exact pixels instead of JPEG")
     arguments = parser.parse_args()
-    try:
-        make(arguments.dataset, arguments.out, source=arguments.source, limit=arguments.limit, png=arguments.png)
-    except (DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    make(arguments.dataset, arguments.out, source=arguments.source, limit=arguments.limit, png=arguments.png)
     return 0
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import _root  # noqa: F401
 
+from engine.errors import guarded
 from loaders import DataError, headers, index_file
 from loaders.config import Request
 from loaders.index import Index
@@ -24,6 +25,7 @@ from loaders.sources import open_index
 SHOWN = 20
 
 
+@guarded
 def main() -> int:
     """Parse the command line; write or check."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -37,19 +39,10 @@ def main() -> int:
         parser.error("expected a source and an output, or --check")
     if arguments.max_pixels < 1:
         parser.error(f"--max-pixels: expected at least 1, got {arguments.max_pixels}")
-    try:
-        if arguments.check:
-            return check(arguments.check, arguments.max_pixels)
-        started = time.perf_counter()
-        index = make(
-            arguments.source, arguments.out, Request(arguments.max_pixels, arguments.labels, asks_labels=False)
-        )
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except OSError as error:
-        print(f"error: {error.filename or arguments.out}: {error.strerror}; nothing was kept", file=sys.stderr)
-        return 2
+    if arguments.check:
+        return check(arguments.check, arguments.max_pixels)
+    started = time.perf_counter()
+    index = make(arguments.source, arguments.out, Request(arguments.max_pixels, arguments.labels, asks_labels=False))
     size = arguments.out.stat().st_size
     print(
         f"{arguments.out}: {len(index):,} images, {index.reading}; {len(index.problems)} unusable; "

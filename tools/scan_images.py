@@ -10,7 +10,6 @@ Ctrl-C: both files then hold what was found so far.
 """
 
 import argparse
-import contextlib
 import hashlib
 import json
 import os
@@ -28,8 +27,9 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from engine.errors import guarded
 from engine.results.runs import write_json
-from loaders import DataError, Index, core, machine, turbo
+from loaders import Index, core, machine, turbo
 from loaders.config import Request
 from loaders.decode import jpeg_frame
 from loaders.errors import BadImage
@@ -115,6 +115,7 @@ def scan(index: Index, workers: int, *, duplicates: bool) -> Iterator[tuple[int,
         pool.shutdown(cancel_futures=True)
 
 
+@guarded
 def main() -> int:
     """Scan, print, and write the report and the quarantine list."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -125,25 +126,16 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=machine.cores(), help="threads (%(default)s)")
     arguments = parser.parse_args()
     folder = arguments.report
-    try:
-        if folder:
-            folder.mkdir(parents=True, exist_ok=True)
-        index = open_index(arguments.data, Request(arguments.max_pixels, asks_labels=False))
-        with open(folder / "quarantine.jsonl" if folder else os.devnull, "w", encoding="utf-8") as quarantine:
-            report = build_report(index, arguments.workers, quarantine, duplicates=not arguments.no_duplicates)
-        if folder:
-            write_json(report, folder / "report.json")
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except OSError as error:
-        print(f"error: --report: {error.filename or folder}: {error.strerror}", file=sys.stderr)
-        return 2
-    with contextlib.suppress(BrokenPipeError):  # `| head` has seen enough; the files are written
-        show(report)
-        if folder:
-            print(f"written: {folder}/report.json and quarantine.jsonl (data.quarantine=...)")
-        sys.stdout.flush()
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True)
+    index = open_index(arguments.data, Request(arguments.max_pixels, asks_labels=False))
+    with open(folder / "quarantine.jsonl" if folder else os.devnull, "w", encoding="utf-8") as quarantine:
+        report = build_report(index, arguments.workers, quarantine, duplicates=not arguments.no_duplicates)
+    if folder:
+        write_json(report, folder / "report.json")
+    show(report)
+    if folder:
+        print(f"written: {folder}/report.json and quarantine.jsonl (data.quarantine=...)")
     if not report["complete"]:
         return 130
     return 1 if report["unusable"] else 0

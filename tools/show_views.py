@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 
 import loaders
 from engine import recipe as recipes
-from engine.errors import KNOWN
+from engine.errors import guarded
 from engine.recipe import Recipe
 from loaders import DataError
 from loaders.augment import to_pixels
@@ -59,6 +59,7 @@ def sheet(pixels: dict[str, list[torch.Tensor]]) -> Image.Image:
     return picture
 
 
+@guarded
 def main() -> int:
     """Draw, and print how far apart the back ends are."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -70,19 +71,15 @@ def main() -> int:
     arguments = parser.parse_intermixed_args()
     if not 1 <= arguments.count <= 100:
         parser.error(f"--count: expected 1 to 100, got {arguments.count}")
-    try:
-        recipe = recipes.load(arguments.recipe, arguments.override)
-        reasons = loaders.why_unusable(recipe.data)
-        names = arguments.backends or sorted(
-            (n for n, reason in reasons.items() if not reason), key=lambda n: n != "folder"
-        )
-        for name in names:
-            if reason := reasons.get(name, f"no such back end; expected one of {', '.join(reasons)}"):
-                raise DataError(f"--backends: {name}: {reason}")
-        pixels = {name: views_of(recipe, name, arguments.count) for name in names}
-    except KNOWN as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    recipe = recipes.load(arguments.recipe, arguments.override)
+    reasons = loaders.why_unusable(recipe.data)
+    names = arguments.backends or sorted(
+        (n for n, reason in reasons.items() if not reason), key=lambda n: n != "folder"
+    )
+    for name in names:
+        if reason := reasons.get(name, f"no such back end; expected one of {', '.join(reasons)}"):
+            raise DataError(f"--backends: {name}: {reason}")
+    pixels = {name: views_of(recipe, name, arguments.count) for name in names}
     picture = sheet(pixels)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     picture.save(arguments.out)

@@ -6,8 +6,8 @@
 
 Exit codes: 0 done; 2 bad input (found at the start: nothing was written); 3 loss or gradients not finite;
 4 a parameter is not trained as declared; 5 the last checkpoint could not be written; 6 the machine failed (memory, a
-device, another process); 75 stopped by SIGTERM, SIGINT
-or SIGUSR1 and saved, continue with --resume; 1 anything else.
+device, another process); 75 stopped by SIGTERM, SIGINT or SIGUSR1 and saved, continue with --resume; 130 or 143 stopped
+where there was nothing to save; 1 anything else.
 """
 
 import argparse
@@ -20,14 +20,14 @@ import _root  # noqa: F401
 from engine import dist, keys, train
 from engine import recipe as recipes
 from engine.describe import describe
-from engine.errors import KNOWN, RecipeError, report, reports
+from engine.errors import RecipeError
 from engine.log import to_console
 from engine.preflight import missing
 from engine.recipe import Recipe
 
 
 def main() -> int:
-    """Parse the command line, run, and turn what can go wrong into one line and an exit code."""
+    """Parse the command line and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path, help="a YAML file of recipes/, or recipe.yaml of a run folder")
     parser.add_argument("override", nargs="*", help="section.key=value, changes the recipe for this run")
@@ -53,23 +53,18 @@ def main() -> int:
     # What is asked for goes to standard output: a run's log, or else the text or table alone.
     answers = arguments.dry_run or arguments.benchmark
     to_console(is_main=dist.environment_rank() == 0, progress=sys.stderr if answers else sys.stdout)
-    try:
-        recipe = recipes.load(arguments.recipe, arguments.override)
-        if arguments.dry_run:
-            print(describe(recipe, resumes=arguments.resume, allow_changes=arguments.allow_changes))
-        elif arguments.benchmark:
-            benchmark(recipe, arguments.benchmark, arguments.json, arguments.figure)
-        else:
+    recipe = recipes.load(arguments.recipe, arguments.override)
+    if arguments.dry_run:
+        print(describe(recipe, resumes=arguments.resume, allow_changes=arguments.allow_changes))
+    elif arguments.benchmark:
+        benchmark(recipe, arguments.benchmark, arguments.json, arguments.figure)
+    else:
 
-            def check() -> None:
-                if problems := missing(recipe, resumes=arguments.resume):
-                    raise RecipeError(f"{arguments.recipe}: {'; '.join(map(str, problems))}")
+        def check() -> None:
+            if problems := missing(recipe, resumes=arguments.resume):
+                raise RecipeError(f"{arguments.recipe}: {'; '.join(map(str, problems))}")
 
-            train.run(recipe, resume=arguments.resume, allow_changes=arguments.allow_changes, check=check)
-    except KNOWN as error:
-        if reports(error, dist.environment_rank(), dist.environment_rank(local=True)):
-            report(error)
-        return error.exit_code
+        train.run(recipe, resume=arguments.resume, allow_changes=arguments.allow_changes, check=check)
     return 0
 
 
