@@ -9,6 +9,7 @@ import hashlib
 import os
 import secrets
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -59,8 +60,27 @@ def aside(path: Path, *, durable: bool = False) -> Iterator[Aside]:
             os.replace(out.part, out.path)
             if durable:
                 sync(out.path.parent)
+        except OSError as error:
+            if error.filename is None:  # a full disk is met by a number of a file, not by its name
+                error.filename = str(path)
+            raise
         finally:
             _remove(out.part)
+
+
+def check_writable(path: Path) -> None:
+    """See that a file can have this name, before the work that fills it. Nothing is left behind.
+
+    Raises:
+        OSError: it cannot; names the path.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "is a folder, expected the name of a file", str(path))
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise OSError(error.errno, f"cannot be written below {folder}: {error.strerror}", str(path)) from None
 
 
 def sync(path: Path) -> None:

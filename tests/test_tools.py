@@ -1,18 +1,24 @@
 """What all tools have in common: every end is one line and an exit code, whatever the streams are."""
 
 import errno
+import io
+import itertools
+import json
 import os
 import resource
 import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+from PIL import ExifTags, Image
 
 from engine import dist
 from engine.errors import RecipeError, Stopped, guarded
 from loaders import DataError, LoaderError
 from loaders.files import aside
+from tests.images import picture, write_tree
 from tests.processes import tool
 from tests.tiny import ROOT
 
@@ -198,3 +204,80 @@ def test_a_line_that_cannot_be_logged_is_no_traceback():
     text = "import _root, logging, sys; logging.basicConfig(stream=sys.stdout); logging.warning(1); logging.warning(2)"
     done = shell(f"($python '{text}'; true) | true")
     assert b"Traceback" not in done.stderr
+
+
+# ------------------------------------------------------------------------------------------------ scan_images
+
+
+def call(monkeypatch, name, *arguments):
+    """Exit code of a tool in this process."""
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+    return tool(name).main()
+
+
+def animated(kind):
+    """An image of several pictures as bytes."""
+    first, *others = [Image.fromarray(picture(number, 24, 20)) for number in range(4)]
+    out = io.BytesIO()
+    first.save(out, kind, save_all=True, append_images=others)
+    return out.getvalue()
+
+
+def turned(orientation):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    return exif
+
+
+def with_exif(kind, orientation):
+    out = io.BytesIO()
+    Image.fromarray(picture(orientation, 24, 20)).save(out, kind, exif=turned(orientation))
+    return out.getvalue()
+
+
+def test_no_image_ends_the_scan(tmp_path, monkeypatch):
+    rng, count = np.random.default_rng(0), 0
+    (tmp_path / "data" / "class0").mkdir(parents=True)
+    whole = {kind: animated(kind) for kind in ("GIF", "TIFF", "WEBP")}
+    whole |= {"JPEG": with_exif("JPEG", 6)}
+    for kind, content in whole.items():
+        for _ in range(60):
+            damaged = np.frombuffer(content, np.uint8).copy()
+            damaged[rng.integers(8, len(damaged), 3)] = rng.integers(0, 256, 3)
+            end = len(damaged) if rng.random() < 0.7 else rng.integers(8, len(damaged))
+            (tmp_path / "data" / "class0" / f"{count:03d}.{kind.lower()}").write_bytes(damaged[:end].tobytes())
+            count += 1
+    assert call(monkeypatch, "scan_images", tmp_path / "data", "--report", tmp_path / "scan") in (0, 1)
+    report = json.loads((tmp_path / "scan" / "report.json").read_text())
+    assert report["complete"] and report["looked_at"] == report["images"] == count
+    assert any("damaged after its first picture" in what for entry in report["odd"] for what in entry["what"])
+    listed = (tmp_path / "scan" / "quarantine.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in listed] == report["unusable"]
+
+
+def test_the_scan_lists_orientations(tmp_path, monkeypatch, capsys):
+    (tmp_path / "class0").mkdir()
+    for kind in ("JPEG", "PNG", "WEBP"):
+        for orientation in (1, 6):
+            (tmp_path / "class0" / f"{orientation}.{kind.lower()}").write_bytes(with_exif(kind, orientation))
+    assert call(monkeypatch, "scan_images", tmp_path) == 0
+    odd = sorted(line for line in capsys.readouterr().out.splitlines() if line.startswith("odd"))
+    assert odd == [f"odd: class0/6.{k}: EXIF orientation 6 is not applied" for k in ("jpeg", "png", "webp")]
+
+
+def test_a_scan_that_is_stopped_keeps_what_it_found(tmp_path, monkeypatch, capsys):
+    root, scanner = write_tree(tmp_path / "data", count=8), tool("scan_images")
+    (root / "class0" / "0000.jpg").write_bytes(b"no image")
+    honest = scanner.scan
+
+    def interrupted(*arguments, **options):
+        yield from itertools.islice(honest(*arguments, **options), 3)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(scanner, "scan", interrupted)
+    assert call(monkeypatch, "scan_images", root, "--report", tmp_path / "scan") == 143
+    said = capsys.readouterr()
+    assert "stopped: 3 of 8 images looked at" in said.out and said.err.endswith("stopped\n")
+    report = json.loads((tmp_path / "scan" / "report.json").read_text())
+    assert not report["complete"] and [entry["path"] for entry in report["unusable"]] == ["class0/0000.jpg"]
+    assert len((tmp_path / "scan" / "quarantine.jsonl").read_text().splitlines()) == 1

@@ -31,6 +31,7 @@ from loaders import DataError, Index, beton, machine
 from loaders.config import Request
 from loaders.decode import jpeg_frame
 from loaders.errors import BadImage
+from loaders.files import check_writable
 from loaders.sources import open_index
 
 
@@ -43,9 +44,12 @@ class Encoder:
     def __call__(self, row: int) -> beton.Sample | BadImage:
         """The sample of a row, or why it has none."""
         try:
-            return self._encode(row)
+            sample = self._encode(row)
         except BadImage as error:
             return error
+        if len(sample.content) > self.options.page_mib << 20:
+            return BadImage(f"takes {len(sample.content):,} bytes, more than a page; give --page-mib, or --max-side")
+        return sample
 
     def _encode(self, row: int) -> beton.Sample:
         index, options = self.index, self.options
@@ -92,6 +96,10 @@ def in_order(pool: ThreadPoolExecutor, encoder: Encoder, rows: Iterable[int], ah
 def convert(options: argparse.Namespace) -> int:
     """Write the file and name what it left out. Returns the number of images."""
     source, out = Path(options.source), Path(options.out)
+    if out.exists() and source.exists() and out.samefile(source):
+        raise DataError(f"{out}: is the source; expected another name for what is written")
+    for path in (out, beton.manifest_path(out)):
+        check_writable(path)
     quarantine = Path(options.quarantine) if options.quarantine else None
     request = Request(options.max_pixels, options.labels, asks_labels=False)
     index = open_index(source, request, quarantine=quarantine)
@@ -108,6 +116,9 @@ def convert(options: argparse.Namespace) -> int:
                 raise DataError(f"{index.path(row)}: {result}; repair it, or leave it out with --on-bad-image skip")
             else:
                 left_out.append({"path": index.path(row), "reason": str(result)})
+        if len(left_out) == len(rows):
+            first = left_out[0]
+            raise DataError(f"{source}: none of {len(rows):,} images can be used, {first['path']} {first['reason']}")
 
     facts = {
         "classes": index.classes,
@@ -196,6 +207,8 @@ def main() -> int:
         ("--page-mib", options.page_mib, range(low >> 20, high >> 20)),
         ("--workers", options.workers, range(1, 1025)),
         ("--max-side", options.max_side, range(beton.MAX_SIDE + 1)),
+        ("--smart-kib", options.smart_kib, range(1 << 21)),
+        ("--limit", 1 if options.limit is None else options.limit, range(1, 1 << 40)),
         ("--max-pixels", options.max_pixels, range(1, beton.MAX_SIDE**2 + 1)),
     ):
         if value not in legal:

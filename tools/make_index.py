@@ -19,6 +19,7 @@ import _root  # noqa: F401
 from engine.errors import guarded
 from loaders import DataError, headers, index_file
 from loaders.config import Request
+from loaders.files import check_writable
 from loaders.index import Index
 from loaders.sources import open_index
 
@@ -58,8 +59,9 @@ def make(source: Path, out: Path, request: Request) -> Index:
         DataError: there is no such data set, or `out` is not the name of an index file.
         OSError: it cannot be written.
     """
-    if out.suffix != index_file.SUFFIX or out.is_dir():
+    if out.suffix != index_file.SUFFIX:
         raise DataError(f"{out}: expected the name of a file that ends in {index_file.SUFFIX}")
+    check_writable(out)
     if source.suffix == ".beton":
         raise DataError(f"{source}: a .beton is its own index; name it in data.train")
     index = open_index(Path(os.path.abspath(source.expanduser())), request)
@@ -68,6 +70,7 @@ def make(source: Path, out: Path, request: Request) -> Index:
     if index.unread:
         row = min(index.unread)
         raise DataError(f"{index.path(row)}: {index.problems[row]}; an index is made of what can be read")
+    out.parent.mkdir(parents=True, exist_ok=True)
     index_file.write(index, out)
     return index
 

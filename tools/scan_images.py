@@ -5,8 +5,8 @@
 
 Every image is read and decoded (nothing beyond --max-pixels is). Unusable ones (empty, truncated, not an image, too
 large) go to quarantine.jsonl, which every back end honors, as soon as they are found; CMYK, wrongly named, duplicate
-and otherwise odd ones are listed in report.json and stay. Exit code 1 if anything is unusable, 130 if it was stopped by
-Ctrl-C: both files then hold what was found so far.
+and otherwise odd ones are listed in report.json and stay. Exit code 1 if anything is unusable. Stopped by Ctrl-C or
+SIGTERM, both files hold what was found so far.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import sys
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +25,7 @@ from typing import Any, TextIO
 import _root  # noqa: F401
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from tqdm import tqdm
 
 from engine.errors import guarded
@@ -33,6 +34,7 @@ from loaders import Index, core, machine, turbo
 from loaders.config import Request
 from loaders.decode import jpeg_frame
 from loaders.errors import BadImage
+from loaders.files import check_writable
 from loaders.sources import open_index
 
 _SUFFIXES = {
@@ -88,15 +90,18 @@ class Scanner:
         frame = jpeg_frame(content)
         if frame and frame.components == 4:
             found.append("CMYK")
-        if not frame and format not in ("", "RAW"):
+        if format not in ("", "RAW") and (not frame or b"Exif\0" in content):
             try:
                 with Image.open(BytesIO(content)) as image:
-                    if image.mode in ("CMYK", "I;16", "RGBA", "LA", "P"):
+                    turn = image.getexif().get(ExifTags.Base.Orientation, 1)
+                    if turn in range(2, 9):
+                        found.append(f"EXIF orientation {turn} is not applied")
+                    if not frame and image.mode in ("CMYK", "I;16", "RGBA", "LA", "P"):
                         found.append(f"mode {image.mode}")
-                    if getattr(image, "n_frames", 1) > 1 and format != "MPO":
+                    if not frame and getattr(image, "n_frames", 1) > 1 and format != "MPO":
                         found.append("animated")
-            except Exception as error:  # Pillow raises of every kind where it counts pictures; the first one is sound
-                found.append(f"damaged after its first picture ({type(error).__name__})")
+            except Exception as error:  # Pillow raises of every kind beyond the first picture, which is sound
+                found.append(f"damaged {'EXIF' if frame else 'after its first picture'} ({type(error).__name__})")
         return found
 
 
@@ -104,6 +109,7 @@ def scan(index: Index, workers: int, *, duplicates: bool) -> Iterator[tuple[int,
     """Look at every image, in the order of the index, with progress."""
     chunks = [list(range(at, min(at + CHUNK, len(index)))) for at in range(0, len(index), CHUNK)]
     torch.set_num_threads(1)
+    warnings.simplefilter("ignore")  # Pillow's, of what is listed as odd
     scanner = Scanner(index, duplicates=duplicates)
     pool = ThreadPoolExecutor(workers)
     try:
@@ -127,17 +133,18 @@ def main() -> int:
     arguments = parser.parse_args()
     folder = arguments.report
     if folder:
+        check_writable(folder / "report.json")
         folder.mkdir(parents=True, exist_ok=True)
     index = open_index(arguments.data, Request(arguments.max_pixels, asks_labels=False))
     with open(folder / "quarantine.jsonl" if folder else os.devnull, "w", encoding="utf-8") as quarantine:
-        report = build_report(index, arguments.workers, quarantine, duplicates=not arguments.no_duplicates)
+        report, stopped = build_report(index, arguments.workers, quarantine, duplicates=not arguments.no_duplicates)
     if folder:
         write_json(report, folder / "report.json")
     show(report)
     if folder:
         print(f"written: {folder}/report.json and quarantine.jsonl (data.quarantine=...)")
-    if not report["complete"]:
-        return 130
+    if stopped:
+        raise stopped
     return 1 if report["unusable"] else 0
 
 
@@ -156,13 +163,15 @@ def show(report: dict[str, Any]) -> None:
     )
 
 
-def build_report(index: Index, workers: int, quarantine: TextIO, *, duplicates: bool = True) -> dict[str, Any]:
-    """What a scan found: plain data for JSON, names as `os.fsdecode` gives them.
+def build_report(
+    index: Index, workers: int, quarantine: TextIO, *, duplicates: bool = True
+) -> tuple[dict[str, Any], KeyboardInterrupt | None]:
+    """What a scan found, and what cut it short: plain data for JSON, names as `os.fsdecode` gives them.
 
     Args:
         quarantine: where each unusable image is written when it is found.
     """
-    unusable, odd, count, is_complete = [], [], 0, True
+    unusable, odd, count, stopped = [], [], 0, None
     same: dict[bytes, list[int]] = defaultdict(list)
     try:
         for row, problem, what, digest in scan(index, workers, duplicates=duplicates):
@@ -175,19 +184,20 @@ def build_report(index: Index, workers: int, quarantine: TextIO, *, duplicates: 
                 odd.append({"path": name, "what": what})
             if digest:
                 same[digest].append(row)
-    except KeyboardInterrupt:
-        is_complete = False
-    return {
+    except KeyboardInterrupt as error:
+        stopped = error
+    report = {
         "root": str(index.root),
         "images": len(index),
         "looked_at": count,
-        "complete": is_complete,
+        "complete": stopped is None,
         "fingerprint": index.fingerprint,
         "formats": dict(Counter(format.decode() or "none" for format in index.format.tolist())),
         "unusable": unusable,
         "odd": odd,
         "duplicates": [[os.fsdecode(index.name(row)) for row in rows] for rows in same.values() if len(rows) > 1],
     }
+    return report, stopped
 
 
 def shown(name: str) -> str:
