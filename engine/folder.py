@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import itertools
 import json
@@ -173,3 +174,13 @@ def _written(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise FolderError(f"run.folder: {path} cannot be created or written: {error.strerror}") from None
+
+
+def is_held(folder: Path) -> bool:
+    """Whether another process is running in a run folder."""
+    try:
+        with open(folder / ".lock", "r+") as lock:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in (errno.EACCES, errno.EAGAIN)
+    return False

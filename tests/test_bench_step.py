@@ -195,6 +195,7 @@ def test_with_the_loader(protocol, tmp_path, monkeypatch):
     monkeypatch.setattr(step_bench, "variants", eager_variants)
     result = measure(recipe, "train", steps=1, rounds=2, warm_up=1)
     assert result.train.variant in EAGER and result.train.images_per_second["loader_alone"] > 0
+    assert len(result.train.with_loader_over_resident) == 2
     assert "none: a CPU" in result.verdict and "loader synthetic" in table(result)
 
 
@@ -236,13 +237,15 @@ def test_verdicts():
         speeds = {
             "resident": 100.0, "augmented": augmented, "with_loader": with_loader, "loader_alone": alone
         }  # fmt: skip
-        return verdict(WithLoader("eager", "turbo", speeds, with_loader / 100, noise, 1.0, {}, {}))
+        return verdict(WithLoader("eager", "turbo", speeds, [with_loader / 100], noise, 1.0, {}, {}))
 
     assert of(98.0, 300.0).startswith("compute-bound") and "3.00 times" in of(98.0, 300.0)
     # What the augmentation costs is no fault of the loader, and what is noise is nobody's.
     assert of(90.0, 300.0, augmented=92.0).startswith("compute-bound") and "takes 8 %" in of(90.0, 300.0, 92.0)
     assert of(90.0, 300.0, noise=0.12).startswith("compute-bound")
     assert of(60.0, 61.0).startswith("loader-bound")
+    assert of(60.0, 61.0, noise=0.21).startswith("none: two halves of the steps differ by 21 %; measure again")
+    assert "0.0061 images/s alone against 0.01 of" in of(0.006, 0.0061, augmented=0.01)
     assert of(90.0, 300.0).startswith("feed-bound")
 
 

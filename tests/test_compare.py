@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shlex
 import signal
 import subprocess
 import sys
@@ -9,9 +10,9 @@ import time
 
 import pytest
 
-from engine.errors import RecipeError
+from engine.errors import RecipeError, Stopped
 from engine.results import table
-from engine.results.chain import evaluated_part
+from engine.results.chain import Run, evaluated_part
 from engine.schedules import Horizon
 from tests.processes import PATIENCE, tool
 from tests.tiny import ROOT, TABLES
@@ -205,6 +206,7 @@ def test_rows_do_not_run_behind_a_teacher_that_failed(tmp_path):
         (["--seeds", "0"], "--seeds"),
         (["--only", "BRUN"], "no row 'BRUN'"),
         (["--jobs", "2", "--launcher", "true"], "--jobs"),
+        (["--launcher", "torchrun 'a"], '--launcher: "torchrun \'a" is no command line: No closing quotation'),
         (["--launcher", "torchrn -n 8"], "--launcher: no program 'torchrn'"),
     ],
 )
@@ -261,3 +263,83 @@ def test_every_stage_is_checked_before_the_first_starts(row, message, tmp_path, 
     said = capsys.readouterr()
     assert message in said.err and said.err.count("\n") == 1 and not said.out
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("evals=[]", "evals: expected one of kind knn"),
+        ("evals=[{kind: baselines}]", "evals: expected one of kind knn"),
+        ("evals=[{kind: knn}]", "evals: expected one of kind accuracy"),
+    ],
+)
+def test_a_table_without_its_scores_is_refused_before_it_trains(change, message, tmp_path, monkeypatch, capsys):
+    path = write(tmp_path / "t.yaml")
+    arguments = [str(path), *SYNTHETIC, "method.num_classes=4", change, "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["compare.py", *arguments])
+    assert tool("compare").main() == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_overrides_behind_only_are_overrides(tmp_path, monkeypatch, capsys):
+    quick = str(ROOT / "recipes/quick/supervised.yaml")
+    path = write(tmp_path / "t.yaml", rows=[{"name": name, "stages": [quick]} for name in ("A", "B c", "x=1")])
+    found = plan_of(monkeypatch, capsys, path, "--only", "B c", "x=1", "data.workers=3", "run.amp=off")
+    assert "/b_c/" in found and "/x_1/" in found and "/a/" not in found
+    assert found.count("data.workers=3 run.amp=off --resume") == 4
+    monkeypatch.setattr(sys, "argv", ["compare.py", str(path), "--only", "run.amp=off"])
+    assert tool("compare").main() == 2 and "--only: expected some of 'A'" in capsys.readouterr().err
+
+
+def test_a_plan_is_for_a_shell(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "my $HOME 'tables'"
+    folder.mkdir()
+    path = folder / "t.yaml"
+    write(path, rows=[{"name": "A", "stages": ["a b.yaml"]}])
+    (folder / "a b.yaml").write_text(f"base: {ROOT / 'recipes/quick/supervised.yaml'}\nname: ab\n")
+    for launcher in ("", "torchrun --log-dir 'a b'"):
+        found = plan_of(monkeypatch, capsys, path, "--launcher", launcher, "data.options={prefetch: 3}").splitlines()[1]
+        words = shlex.split(found)
+        assert words[: words.index("tools/train.py")] == (shlex.split(launcher) or ["python"])
+        assert str(folder / "a b.yaml") in words and "data.options={prefetch: 3}" in words
+
+
+def test_matplotlib_is_missed_before_the_training(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    path = write(tmp_path / "t.yaml")
+    monkeypatch.setattr(sys, "argv", ["compare.py", str(path), *SYNTHETIC, "--out", str(tmp_path / "out")])
+    assert tool("compare").main() == 2
+    assert "matplotlib, which draws figures, is missing" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+HOLDS = """
+import fcntl, pathlib, sys, time
+lock = open(".lock", "w")
+fcntl.lockf(lock, fcntl.LOCK_EX)
+print(flush=True)
+time.sleep(float(sys.argv[1]))
+"""
+
+
+def held(folder, seconds):
+    """A process that holds a run folder for a while."""
+    process = subprocess.Popen([sys.executable, "-c", HOLDS, str(seconds)], cwd=folder, stdout=subprocess.PIPE)
+    process.stdout.readline()
+    return process
+
+
+def test_a_row_waits_for_the_run_of_a_call_that_was_killed(tmp_path, monkeypatch, capsys):
+    compare = tool("compare")
+    monkeypatch.setattr(compare, "HELD_SECONDS", 0.05)
+    monkeypatch.setattr(compare, "TRAIN", "-c")
+    pool = compare.Pool([], tmp_path, [], 1)
+    with held(tmp_path, 0.5) as orphan:
+        pool._run_one(Run("pass", []), tmp_path, "row", 0)  # `python -c pass`
+        assert orphan.wait() == 0
+    assert capsys.readouterr().out == f"row: waits for another process that is running in {tmp_path}\n"
+    with held(tmp_path, PATIENCE) as orphan:
+        pool.stopping.set()
+        with pytest.raises(Stopped):
+            pool._run_one(Run("pass", []), tmp_path, "row", 0)
+        assert orphan.poll() is None
+        orphan.kill()

@@ -521,11 +521,12 @@ def test_benchmark_of_loaders(small, tmp_path):
     assert set(result["backends"]) == set(BACKENDS) and result["best"] in BACKENDS
     assert "ffcv" in result["not_measured"]
     floor = np.median(result["floor"]["cpu_ms"])
+    floors = np.array(result["floor"]["cpu_ms"])
     for measured in result["backends"].values():
         crops, whole, phases = measured["crops"], measured["whole"], measured["phases_cpu_ms"]
         assert len(whole["images_per_second"]) == len(crops["cpu_ms"]) == result["rounds"]
         assert measured["per_core"] == np.median(whole["images_per_second"]) / result["threads"]
-        assert measured["of_floor"] == floor / np.median(crops["cpu_ms"])
+        assert measured["of_floor"] == pytest.approx(np.median(floors / crops["cpu_ms"]))
         # Phases are differences, so they add up to the whole loader, unless reading alone took longer than the floor.
         assert sum(phases.values()) == pytest.approx(np.median(whole["cpu_ms"]) + max(0, phases["read"] - floor))
     assert f"best here for this recipe: {result['best']}" in done.stdout
@@ -549,8 +550,10 @@ def test_benchmark_times_what_it_says(monkeypatch):
         clock.Candidate("slow", lambda: batches("slow", 3.0, 0.5)),
         clock.Candidate("fast", lambda: batches("fast", 1.0, 0.25)),
     ]
-    speeds = clock.interleave(candidates, batch=10, batches=4, rounds=2)
+    said = []
+    speeds = clock.interleave(candidates, batch=10, batches=4, rounds=2, begin=said.append)
     assert order == ["slow", "fast"] * 2  # in turn
+    assert said == [f"{name}, round {number} of 2" for number in (1, 2) for name in ("slow", "fast")]
     for name, first, others in (("slow", 3.0, 0.5), ("fast", 1.0, 0.25)):
         assert speeds[name].first_batch == [first] * 2
         assert speeds[name].images_per_second == [10 / others] * 2

@@ -25,16 +25,20 @@ from queue import Empty, Queue
 import _root
 import torch
 
-from engine.errors import RecipeError, Stopped, guarded
+from engine.bench.clock import rate
+from engine.errors import RecipeError, Stopped, guarded, line
+from engine.folder import is_held
 from engine.log import duration
 from engine.provenance import environment
 from engine.recipe import Recipe
 from engine.results import figures, runs, scores, table
 from engine.results.chain import Chain, Run, check
 from engine.results.scores import Entry, Outcome
+from loaders.files import check_writable
 
 TRAIN = str(_root.ROOT / "tools" / "train.py")
 STATUS_SECONDS = 30
+HELD_SECONDS = 5
 LAYERS = {
     "pooled": "Linear evaluation is of the pooled map, which every network has: with method.trains=pre-fc where a "
     "pooled MLP comes behind it, as in BURN's students.",
@@ -85,7 +89,7 @@ class Pool:
                 row = runs.metrics(folder)[-1]
             except (OSError, ValueError, IndexError):
                 continue  # it has only begun, or is writing this very line
-            speed = f", {row['images_per_second']:.0f} images/s" if "images_per_second" in row else ""
+            speed = f", {rate(row['images_per_second'])} images/s" if "images_per_second" in row else ""
             print(f"    {title}: step {row['step']}, {row['images']:,} images{speed}", flush=True)
 
     def _work(self, number: int) -> None:
@@ -108,7 +112,8 @@ class Pool:
             except Stopped:
                 return
             except Exception as error:  # one row must not take the others with it
-                text = str(error) if isinstance(error, ChainError) else f"{chain.name}, seed {chain.seed}: {error!r}"
+                said = (line(error) or repr(error)).removeprefix("error: ")
+                text = str(error) if isinstance(error, ChainError) else f"{chain.name}, seed {chain.seed}: {said}"
                 self.failures.append(text)
                 print(f"FAILED {text}", flush=True)
             finally:
@@ -132,6 +137,7 @@ class Pool:
 
     def _run_one(self, run: Run, folder: Path, title: str, number: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        self._wait_for_others(folder, title)
         log = folder / "output.txt"
         env = dict(os.environ)
         if torch.cuda.device_count() and self.jobs > 1:
@@ -154,6 +160,14 @@ class Pool:
             last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
             raise ChainError(f"{title}: exit code {code}: {' '.join(last)} (all of it: {log})")
 
+    def _wait_for_others(self, folder: Path, title: str) -> None:
+        """A run outlives a call that is killed; its row waits for its end, and goes on from there."""
+        if is_held(folder):
+            print(f"{title}: waits for another process that is running in {folder}", flush=True)
+        while is_held(folder):
+            if self.stopping.wait(HELD_SECONDS):
+                raise Stopped("saved")
+
 
 class ChainError(RuntimeError):
     """A run of a chain ended with an error."""
@@ -161,9 +175,8 @@ class ChainError(RuntimeError):
 
 def plan(chains: list[Chain], launcher: list[str], layer: str) -> str:
     """The commands, one per line, and what they probe."""
-    start = " ".join(launcher) or "python"
     commands = [
-        f"{start} tools/train.py {run.path} {' '.join(map(shlex.quote, run.overrides))} --resume"
+        shlex.join([*(launcher or ["python"]), "tools/train.py", str(run.path), *run.overrides, "--resume"])
         for chain in chains
         for run in chain.runs
     ]
@@ -188,7 +201,10 @@ def main() -> int:
     parser.add_argument("--launcher", default="", help='how to start a run, such as "torchrun --nproc_per_node=8"')
     parser.add_argument("--plan", action="store_true", help="print the commands and run nothing")
     arguments = parser.parse_intermixed_args()
-    launcher = shlex.split(arguments.launcher)
+    try:
+        launcher = shlex.split(arguments.launcher)
+    except ValueError as error:
+        raise RecipeError(f"--launcher: {arguments.launcher!r} is no command line: {error}") from None
     spec = table.load(arguments.table)
     changes = {key: getattr(arguments, key) for key in ("seeds", "images") if getattr(arguments, key) is not None}
     for key, item in changes.items():
@@ -202,14 +218,18 @@ def main() -> int:
         raise RecipeError("--jobs: expected 1 with --launcher, which uses the machine by itself")
     spec = spec.model_copy(update=changes)
     names = [row.name for row in spec.rows]
-    for name in arguments.only or ():
+    given = arguments.only or []
+    only = [word for word in given if word in names or "=" not in word]  # `--only ROW key=value` takes both
+    for name in only:
         if name not in names:
             raise RecipeError(f"--only: no row {name!r}, expected some of {', '.join(map(repr, names))}")
-    rows = [row for row in spec.rows if not arguments.only or row.name in arguments.only]
+    if given and not only:
+        raise RecipeError(f"--only: expected some of {', '.join(map(repr, names))}, got only overrides")
+    rows = [row for row in spec.rows if not only or row.name in only]
     # Another budget is another table.
     budget = f"_{spec.images}" if spec.images != table.load(arguments.table).images else ""
     out = arguments.out or Path("runs") / f"table_{arguments.table.stem}{budget}"
-    extra = list(arguments.override)
+    extra = [*arguments.override, *(word for word in given if word not in only)]
     chains = [
         table.chain(spec, row, seed, arguments.table, out, extra)
         for seed, row in itertools.product(range(spec.seeds), rows)
@@ -222,10 +242,12 @@ def main() -> int:
     if arguments.plan:
         print(plan(chains, launcher, spec.layer))
         return 0
+    figures.pyplot()
+    check_writable(out / "table.md")
     check(chain for chain in chains if chain.seed == 0)  # the others differ in their seed alone
 
     pool = Pool(chains, out, launcher, min(arguments.jobs, len(chains)))
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: pool.stop())
     pool.run()
     if pool.stopping.is_set():

@@ -47,8 +47,9 @@ class Encoder:
             sample = self._encode(row)
         except BadImage as error:
             return error
-        if len(sample.content) > self.options.page_mib << 20:
-            return BadImage(f"takes {len(sample.content):,} bytes, more than a page; give --page-mib, or --max-side")
+        size, page = len(sample.content), self.options.page_mib << 20
+        if size > page:
+            return BadImage(f"takes {size:,} bytes, a page has {page:,}; give --page-mib or --max-side")
         return sample
 
     def _encode(self, row: int) -> beton.Sample:

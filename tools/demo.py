@@ -39,6 +39,7 @@ from engine.results.scores import Outcome, Score, mean_std, table
 from loaders import DataError
 from loaders.augment import to_pixels
 from loaders.config import Request
+from loaders.files import check_writable
 from loaders.sources import open_index
 
 RECIPES = _root.ROOT / "recipes" / "quick"
@@ -239,6 +240,9 @@ def main() -> int:
         if (given := getattr(arguments, name)) is not None and given < 1:
             parser.error(f"--{name}: expected at least 1, got {given}")
     to_console(is_main=True)
+    pyplot()
+    if arguments.json:
+        check_writable(arguments.json)
     try:
         if arguments.pictures is None:
             make_images.make("digits", Path("data/digits"))

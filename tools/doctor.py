@@ -28,6 +28,7 @@ from engine import accelerator, dist
 from engine import recipe as recipes
 from engine.bench import loader as loader_bench
 from engine.bench import step as step_bench
+from engine.bench.clock import rate
 from engine.errors import guarded
 from engine.preflight import missing
 from engine.recipe import Recipe
@@ -144,14 +145,14 @@ def _keeps_up(recipe: Recipe) -> None:
     result = loader_bench.measure(recipe, batches=4, rounds=1)
     speeds = {name: median(entry["whole"]["images_per_second"]) for name, entry in result["backends"].items()}
     for name, speed in speeds.items():
-        print(f"{'loader ' + name:18} {speed:,.0f} images/s")
+        print(f"{'loader ' + name:18} {rate(speed)} images/s")
     print("measuring the step (compiling it first, if the recipe compiles) ...", flush=True)
     ranks = max(1, torch.cuda.device_count())
     best = result["best"]
     fastest = recipe.model_copy(update={"data": loaders.with_backend(recipe.data, best)})
     need, together = (speed * ranks for speed in step_speeds(fastest))
-    print(f"{'step':18} {need:,.0f} images/s on {result['device']}" + (f" x {ranks}" if ranks > 1 else ""))
-    print(f"{'step with loader':18} {together:,.0f} images/s, both on the same cores")
+    print(f"{'step':18} {rate(need)} images/s on {result['device']}" + (f" x {ranks}" if ranks > 1 else ""))
+    print(f"{'step with loader':18} {rate(together)} images/s, both on the same cores")
     lost = 1 - together / need
     verdict = "keeps up" if lost < MOST_LOST else "is the bottleneck: more cores per GPU, or a .beton of raw pixels"
     other = "" if best == recipe.data.backend else f" (the recipe takes {recipe.data.backend}; set data.backend={best})"

@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 from engine.errors import first_line, guarded
 from loaders import DataError
-from loaders.files import aside
+from loaders.files import aside, check_writable
 
 DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")
 FASHION_CLASSES = "tshirt trouser pullover dress coat sandal shirt sneaker bag boot".split()
@@ -69,15 +69,23 @@ class Picture(NamedTuple):
 
 def digits() -> Iterator[Picture]:
     """Every fifth image of each class goes to validation; pixels of 0..16 become 0..255, 8x8 becomes 32x32."""
-    from sklearn.datasets import load_digits
-
-    data = load_digits()
+    data = _sklearn_datasets().load_digits()
     seen: Counter[int] = Counter()
     for pixels, label in zip(data.images, data.target.tolist(), strict=True):
         image = Image.fromarray(np.round(pixels * (255 / 16)).astype(np.uint8))
         split = "val" if seen[label] % 5 == 4 else "train"
         seen[label] += 1
         yield Picture(split, f"digit{label}", image.resize((32, 32), Image.Resampling.BICUBIC), USUAL)
+
+
+def _sklearn_datasets() -> Any:
+    try:
+        from sklearn import datasets
+    except ImportError as error:
+        raise DataError(
+            f"scikit-learn, which holds these images, is missing ({error}): pip install scikit-learn"
+        ) from None
+    return datasets
 
 
 def fashion_mnist(source: Path) -> Iterator[Picture]:
@@ -268,10 +276,8 @@ def photo(number: int, sources: list[NDArray[np.uint8]]) -> tuple[Image.Image, d
 
 def photos(count: int) -> Iterator[Picture]:
     """`count` pictures for training and a tenth as many for validation, in ten classes."""
-    from sklearn.datasets import load_sample_images
-
     ImageFile.MAXBLOCK = 1 << 22  # Pillow writes a progressive file in one piece
-    sources = list(load_sample_images().images)
+    sources = list(_sklearn_datasets().load_sample_images().images)
     for split, first, many in (("train", 0, count), ("val", 1_000_000, max(10, count // 10))):
         for number in range(many):
             image, options = photo(first + number, sources)
@@ -315,11 +321,12 @@ def make(dataset: str, out: Path, *, source: Path | None = None, limit: int | No
         raise DataError(f"--limit: expected at least {CLASSES}, one image of each class, got {limit}")
     if png and dataset != "cifar10":
         raise DataError(f"--png: expected with cifar10 only, got {dataset}")
-    if all((out / split).is_dir() for split in ("train", "val")):
+    if all(any((out / split).glob("*/*.*")) for split in ("train", "val")):
         print(f"{out} is there already")
         return
     if out.exists():
-        raise DataError(f"{out}: is there and holds no train and val; give another name, or remove it")
+        raise DataError(f"{out}: is there and holds no images in train and val; give another name, or remove it")
+    check_writable(out)
     if source is None and dataset in ("imagenette", "cifar10"):
         url = IMAGENETTE_URL if dataset == "imagenette" else CIFAR_URL
         raise DataError(f"{dataset}: expected its archive with --source; get {url}")

@@ -21,6 +21,7 @@ from engine.errors import guarded
 from engine.recipe import Recipe
 from loaders import DataError
 from loaders.augment import to_pixels
+from loaders.files import check_writable
 
 GAP, HEAD, GAIN = 4, 18, 8
 
@@ -71,6 +72,9 @@ def main() -> int:
     arguments = parser.parse_intermixed_args()
     if not 1 <= arguments.count <= 100:
         parser.error(f"--count: expected 1 to 100, got {arguments.count}")
+    check_writable(arguments.out)
+    if arguments.out.suffix.lower() not in Image.registered_extensions():
+        parser.error(f"--out: expected the name of a picture, such as views.png, got {arguments.out}")
     recipe = recipes.load(arguments.recipe, arguments.override)
     reasons = loaders.why_unusable(recipe.data)
     names = arguments.backends or sorted(
@@ -79,7 +83,12 @@ def main() -> int:
     for name in names:
         if reason := reasons.get(name, f"no such back end; expected one of {', '.join(reasons)}"):
             raise DataError(f"--backends: {name}: {reason}")
-    pixels = {name: views_of(recipe, name, arguments.count) for name in names}
+    one = loaders.with_backend(recipe.data, names[0], batch_size=1, micro_batch=1)
+    images = len(loaders.open_data(one, "train"))
+    count = min(arguments.count, images)
+    if count < arguments.count:
+        print(f"--count: the data set has {images} images; all are drawn", file=sys.stderr)
+    pixels = {name: views_of(recipe, name, count) for name in names}
     picture = sheet(pixels)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     picture.save(arguments.out)
@@ -88,7 +97,7 @@ def main() -> int:
         flat = np.concatenate([difference.ravel() for difference in apart])
         print(f"{name} against {names[0]}: mean {flat.mean():.3f} levels of 255, 99.9 % within "
               f"{np.percentile(flat, 99.9):.0f}, most {flat.max()}")  # fmt: skip
-    print(f"{arguments.out}: {picture.width}x{picture.height} pixels, {arguments.count} images, {', '.join(names)}")
+    print(f"{arguments.out}: {picture.width}x{picture.height} pixels, {count} images, {', '.join(names)}")
     return 0
 
 

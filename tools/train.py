@@ -12,7 +12,6 @@ where there was nothing to save; 1 anything else.
 
 import argparse
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import _root  # noqa: F401
@@ -24,6 +23,7 @@ from engine.errors import RecipeError
 from engine.log import to_console
 from engine.preflight import missing
 from engine.recipe import Recipe
+from loaders.files import check_writable
 
 
 def main() -> int:
@@ -48,8 +48,6 @@ def main() -> int:
     arguments = parser.parse_intermixed_args()
     if arguments.figure and arguments.benchmark not in ("step", "train"):
         parser.error("--figure draws what --benchmark step or train measured")
-    if arguments.figure and not find_spec("matplotlib"):
-        parser.error("--figure needs matplotlib: pip install matplotlib")
     # What is asked for goes to standard output: a run's log, or else the text or table alone.
     answers = arguments.dry_run or arguments.benchmark
     to_console(is_main=dist.environment_rank() == 0, progress=sys.stderr if answers else sys.stdout)
@@ -82,6 +80,13 @@ def benchmark(recipe: Recipe, mode: str, json: Path | None, figure: Path | None)
     from engine.bench import loader, step
     from engine.results import figures, runs
 
+    needs = {"step": (), "loader": ("data.train",), "train": ("data.train", "data.backend")}[mode]
+    if problems := [str(problem) for problem in missing(recipe) if problem.key in needs]:
+        raise RecipeError(f"{recipe.name}: {'; '.join(problems)}")
+    for path in filter(None, (json, figure)):
+        check_writable(path)
+    if figure:
+        figures.pyplot()
     result = loader.measure(recipe) if mode == "loader" else step.measure(recipe, mode)
     if dist.environment_rank() != 0:
         return

@@ -17,6 +17,8 @@ import torch
 from engine.log import duration, logger
 
 WARM_UP = 6  # batches, more than any back end prefetches per worker and enough to get past its first ones
+MOST_NOISE = 0.2
+"""Share by which two halves of a variant's steps, or a loader's rounds, may differ; above it no ratio is printed."""
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -38,7 +40,14 @@ class Speed:
     """Seconds from opening to the first batch."""
 
 
-def interleave(candidates: Sequence[Candidate], *, batch: int, batches: int, rounds: int) -> dict[str, Speed]:
+def interleave(
+    candidates: Sequence[Candidate],
+    *,
+    batch: int,
+    batches: int,
+    rounds: int,
+    begin: Callable[[str], None] = lambda what: None,
+) -> dict[str, Speed]:
     """Time candidates in turn (A B C A B C): each is reopened for each round, runs until what it had prefetched is
     used up, and is then timed at its steady pace.
 
@@ -46,9 +55,11 @@ def interleave(candidates: Sequence[Candidate], *, batch: int, batches: int, rou
         batch: images in a batch of every candidate.
         batches: timed in each round, after `WARM_UP` more.
         rounds: of all candidates.
+        begin: called with what comes next.
     """
     speeds = {candidate.name: Speed() for candidate in candidates}
-    for _, candidate in itertools.product(range(rounds), candidates):
+    for number, candidate in itertools.product(range(rounds), candidates):
+        begin(f"{candidate.name}, round {number + 1} of {rounds}")
         speed = speeds[candidate.name]
         opened = time.perf_counter()
         iterator = candidate.open()
@@ -201,6 +212,16 @@ def quantiles(values: Sequence[float]) -> dict[str, float]:
     ranked = sorted(values)
     last = len(ranked) - 1
     return {"median": median(ranked), "p10": ranked[round(0.1 * last)], "p90": ranked[round(0.9 * last)]}
+
+
+def rate(images_per_second: float) -> str:
+    """A speed with digits enough to compare it."""
+    return f"{images_per_second:,.0f}" if images_per_second >= 100 else f"{images_per_second:.3g}"
+
+
+def rate_range(speeds: Sequence[float]) -> str:
+    """`median (min to max)` of speeds."""
+    return f"{rate(median(speeds))} ({rate(min(speeds))} to {rate(max(speeds))})"
 
 
 def median_range(values: Sequence[float], digits: int = 2) -> str:

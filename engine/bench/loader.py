@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 import loaders
-from engine.bench.clock import Candidate, interleave, median_range
+from engine.bench.clock import MOST_NOISE, Candidate, Progress, interleave, rate, rate_range
 from engine.provenance import environment
 from engine.recipe import Recipe
 from loaders import Index, core, turbo
@@ -80,7 +80,8 @@ def measure(recipe: Recipe, *, batches: int = 12, rounds: int = 3) -> dict[str, 
 
     Returns:
         Plain data for JSON: for each back end images per second, per core, CPU milliseconds per image and by phase,
-        share of the decode floor; `best` of them; and what was not measured and why.
+        share of the decode floor; what its rounds differ by, as a share; `best` of them; and what was not measured and
+        why.
     """
     data = recipe.data
     index = loaders.open_data(data, "train")
@@ -93,9 +94,11 @@ def measure(recipe: Recipe, *, batches: int = 12, rounds: int = 3) -> dict[str, 
     for name in names:
         candidates.append(crops_of(name, index, data.views, batch, threads, recipe.seed))
         candidates.append(Candidate(f"{name}, whole", _whole(recipe, name, index, device)))
-    speeds = interleave(candidates, batch=batch, batches=batches, rounds=rounds)
+    with Progress(rounds * len(candidates)) as progress:
+        speeds = interleave(candidates, batch=batch, batches=batches, rounds=rounds, begin=progress.begin)
     read_ms = _read_ms(index) if data.options.reads_files else 0.0
-    floor_ms = median(speeds["floor"].cpu_ms) if has_floor else float("nan")
+    floor_of_rounds = speeds["floor"].cpu_ms if has_floor else [float("nan")] * rounds
+    floor_ms = median(floor_of_rounds)
     result: dict[str, Any] = {
         "recipe": recipe.name,
         "views": [f"{view.size} {view.crop} {view.interpolation}" for view in data.views],
@@ -115,7 +118,8 @@ def measure(recipe: Recipe, *, batches: int = 12, rounds: int = 3) -> dict[str, 
             "crops": asdict(crops),
             "whole": asdict(whole),
             "per_core": median(whole.images_per_second) / threads,
-            "of_floor": floor_ms / crops_ms,
+            "of_floor": median(a / b for a, b in zip(floor_of_rounds, crops.cpu_ms, strict=True)),  # paired rounds
+            "noise": (max(whole.images_per_second) - min(whole.images_per_second)) / median(whole.images_per_second),
             "phases_cpu_ms": {
                 "read": read_ms,
                 "decode": max(0.0, floor_ms - read_ms),
@@ -162,7 +166,7 @@ def table(result: dict[str, Any]) -> str:
     ]
     if floor := result["floor"]:
         lines.append(
-            f"| decode floor (libjpeg-turbo) | | | {median_range(floor['images_per_second'], 0)} "
+            f"| decode floor (libjpeg-turbo) | | | {rate_range(floor['images_per_second'])} "
             f"| {median(floor['cpu_ms']):.2f} in all "
             "| | | | 1.00 | |"
         )
@@ -170,10 +174,15 @@ def table(result: dict[str, Any]) -> str:
         phases = " | ".join(f"{ms:.2f}" for ms in measured["phases_cpu_ms"].values())
         whole, crops = measured["whole"], measured["crops"]
         lines.append(
-            f"| {name} | {median_range(whole['images_per_second'], 0)} | {measured['per_core']:.0f} | "
-            f"{median_range(crops['images_per_second'], 0)} | {phases} | {measured['of_floor']:.2f} | "
+            f"| {name} | {rate_range(whole['images_per_second'])} | {rate(measured['per_core'])} | "
+            f"{rate_range(crops['images_per_second'])} | {phases} | {measured['of_floor']:.2f} | "
             f"{median(whole['first_batch']):.2f} |"
         )
     lines += ["", *(f"not measured: {name}: {reason}" for name, reason in result["not_measured"].items())]
+    lines += [
+        f"{name}: its rounds differ by {100 * measured['noise']:.0f} %, not to be relied on; measure on a quiet machine"
+        for name, measured in result["backends"].items()
+        if measured["noise"] > MOST_NOISE
+    ]
     lines.append(f"best here for this recipe: {result['best']}")
     return "\n".join(lines)

@@ -8,8 +8,9 @@ ratios mean something and no verdict is given.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from statistics import median
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 import loaders
 from engine import dist, faults
 from engine.bench.clock import (
+    MOST_NOISE,
     WARM_UP,
     Ceilings,
     Phases,
@@ -27,6 +29,7 @@ from engine.bench.clock import (
     cpu_seconds,
     median_range,
     quantiles,
+    rate,
 )
 from engine.bench.variants import Resident, Variant, gate, half_way, variants
 from engine.dist import World
@@ -35,12 +38,10 @@ from engine.log import duration, logger
 from engine.provenance import environment
 from engine.recipe import Recipe
 from engine.train import Trainer
-from loaders import Batch
+from loaders import Batch, Index
 from models import cost, methods
 from models.backbones import backbones_of
 
-MOST_NOISE = 0.2
-"""Share by which two halves of a variant's steps may differ; above it no ratio is worth printing."""
 LEAST_GAP = 0.03
 """Share of the speed below which a difference is nobody's fault."""
 
@@ -204,9 +205,11 @@ class WithLoader:
     variant: str
     backend: str
     images_per_second: dict[str, float]
-    with_loader_over_resident: float
+    with_loader_over_resident: list[float]
+    """One ratio for each round, in which both ran one after the other."""
     noise: float
-    """What two halves of the augmented steps differ by, as a share."""
+    """What two halves of the resident steps or of the augmented ones differ by, as a share; above `MOST_NOISE` there is
+    no verdict."""
     cores: float
     """CPU cores busy, of all processes of this rank, with the loader."""
     step_ms: dict[str, float]
@@ -263,17 +266,19 @@ def measure(
         NotEqual: a variant computes something other than the reference.
     """
     with dist.group(recipe.run.device, recipe.run.timeout_seconds) as world:
+        index = loaders.open_data(recipe.data, "train") if mode == "train" else None
         chosen = variants(recipe, world.device)
         chosen = [variant for variant in chosen if not only or variant.is_reference or variant.name in only]
         parts = checks + len(chosen) + rounds + 1 + (1 + rounds if mode == "train" else 0)
         with Progress(parts) as progress:
-            return _measure(recipe, mode, world, chosen, steps, rounds, warm_up, checks, keep, progress)
+            return _measure(recipe, mode, world, index, chosen, steps, rounds, warm_up, checks, keep, progress)
 
 
 def _measure(
     recipe: Recipe,
     mode: str,
     world: World,
+    index: Index | None,
     chosen: list[Variant],
     steps: int,
     rounds: int,
@@ -330,11 +335,11 @@ def _measure(
     for one in running:
         fed = one.run(steps, Augmented(one))
         result.variants[one.variant.name].phases_ms["augment"] = median(step["augment"] for step in fed)
-    if mode == "train":
+    if index is not None:
         fastest = max(
             running, key=lambda one: result.variants[one.variant.name].images_per_second * one.variant.same_maths
         )
-        result.train = _with_loader(recipe, fastest, world, steps, rounds, warm_up, progress)
+        result.train = _with_loader(recipe, index, fastest, world, steps, rounds, warm_up, progress)
         result.verdict = verdict(result.train) if device.type == "cuda" else "none: a CPU's times are ratios only"
     keep(result)
     return result
@@ -359,7 +364,7 @@ def _warm_up(variant: Variant, world: World, steps: int) -> tuple[Running, dict[
 
 def _timing(one: Running, reference: Running, result: Result, numbers: dict[str, Any]) -> Timing:
     all_steps = [step for block in one.blocks for step in block]
-    times = [sum(step.values()) for step in all_steps]
+    times = _sums(all_steps)
     speed = 1000 * result.batch / median(times)
     names = list(dict.fromkeys(name for step in all_steps for name in step))
     flops, limits = 1e9 * result.gflop_per_image, result.ceilings
@@ -379,7 +384,11 @@ def _timing(one: Running, reference: Running, result: Result, numbers: dict[str,
 
 
 def _noise(one: Running) -> float | None:
-    return _between_halves([sum(step.values()) for block in one.blocks for step in block])
+    return _between_halves(_sums(chain(*one.blocks)))
+
+
+def _sums(steps: Iterable[dict[str, float]]) -> list[float]:
+    return [sum(step.values()) for step in steps]
 
 
 def _between_halves(times: list[float]) -> float | None:
@@ -390,31 +399,27 @@ def _between_halves(times: list[float]) -> float | None:
 
 
 def _paired_ratios(slow: list[list[dict[str, float]]], fast: list[list[dict[str, float]]]) -> list[float]:
-    def of(block: list[dict[str, float]]) -> float:
-        return median(sum(step.values()) for step in block)
-
-    return [of(a) / of(b) for a, b in zip(slow, fast, strict=True)]
+    return [median(_sums(a)) / median(_sums(b)) for a, b in zip(slow, fast, strict=True)]
 
 
 def _with_loader(
-    recipe: Recipe, one: Running, world: World, steps: int, rounds: int, warm_up: int, progress: Progress
+    recipe: Recipe, index: Index, one: Running, world: World, steps: int, rounds: int, warm_up: int, progress: Progress
 ) -> WithLoader:
     batch, micro_steps = recipe.data.batch_size, one.trainer.micro_steps
-    index = loaders.open_data(recipe.data, "train")
     loader = loaders.open_train(recipe.data, index, seed=recipe.seed, place=world.place, dtype=one.trainer.amp_dtype)
     crops = Augmented(one)
-    resident: list[float] = []
-    augmented: list[float] = []
-    fed: list[dict[str, float]] = []
+    resident: list[list[float]] = []
+    augmented: list[list[float]] = []
+    fed: list[list[dict[str, float]]] = []
     alone: list[float] = []
     busy: list[float] = []
     one.run(warm_up, loader)
     for number in range(rounds):
         progress.begin(f"with and without the loader, round {number + 1} of {rounds}")
-        resident += [sum(step.values()) for step in one.run(steps)]
-        augmented += [sum(step.values()) for step in one.run(steps, crops)]
+        resident.append(_sums(one.run(steps)))
+        augmented.append(_sums(one.run(steps, crops)))
         cpu, started = cpu_seconds(), time.perf_counter()
-        fed += one.run(steps, loader)
+        fed.append(one.run(steps, loader))
         busy.append((cpu_seconds() - cpu) / (time.perf_counter() - started))
     progress.begin("the loader alone")
     for _ in range(rounds):
@@ -426,20 +431,20 @@ def _with_loader(
         alone.append(1000 * (time.perf_counter() - started) / steps)
     loader.close()
     speeds = {
-        "resident": 1000 * batch / median(resident),
-        "augmented": 1000 * batch / median(augmented),
-        "with_loader": 1000 * batch / median(sum(step.values()) for step in fed),
+        "resident": 1000 * batch / median(chain(*resident)),
+        "augmented": 1000 * batch / median(chain(*augmented)),
+        "with_loader": 1000 * batch / median(_sums(chain(*fed))),
         "loader_alone": 1000 * batch / median(alone),
     }
     return WithLoader(
         variant=one.variant.name,
         backend=recipe.data.backend,
         images_per_second=speeds,
-        with_loader_over_resident=speeds["with_loader"] / speeds["resident"],
-        noise=_between_halves(augmented) or 0.0,
+        with_loader_over_resident=[median(a) / median(_sums(b)) for a, b in zip(resident, fed, strict=True)],
+        noise=max(_between_halves(list(chain(*blocks))) or 0.0 for blocks in (resident, augmented)),
         cores=median(busy),
-        step_ms=quantiles([sum(step.values()) for step in fed]),
-        load_ms=quantiles([step["load"] for step in fed]),
+        step_ms=quantiles(_sums(chain(*fed))),
+        load_ms=quantiles([step["load"] for step in chain(*fed)]),
     )
 
 
@@ -450,6 +455,8 @@ def verdict(measured: WithLoader) -> str:
     `LEAST_GAP`, or than what this measurement's own halves differ by, is the loader's doing.
     """
     speed = measured.images_per_second
+    if measured.noise > MOST_NOISE:
+        return f"none: two halves of the steps differ by {100 * measured.noise:.0f} %; measure again on a quiet machine"
     gap = max(LEAST_GAP, measured.noise)
     if speed["with_loader"] >= (1 - gap) * speed["augmented"]:
         share = 1 - speed["augmented"] / speed["resident"]
@@ -458,9 +465,8 @@ def verdict(measured: WithLoader) -> str:
             f"augmentation takes {100 * max(share, 0.0):.0f} % of the step"
         )
     if speed["loader_alone"] < (1 - gap) * speed["augmented"]:
-        return (
-            f"loader-bound: {speed['loader_alone']:.0f} images/s alone against {speed['augmented']:.0f} of computation"
-        )
+        alone, computed = rate(speed["loader_alone"]), rate(speed["augmented"])
+        return f"loader-bound: {alone} images/s alone against {computed} of computation"
     return "feed-bound: the loader is fast enough, copying or waiting for the host is not"
 
 
@@ -489,7 +495,7 @@ def table(result: Result) -> str:
         share = f" ({100 * timing.of_matmul:.0f} % of the product)" if timing.of_matmul else ""
         cells = [
             name,
-            f"{timing.images_per_second:.1f}",
+            rate(timing.images_per_second),
             f"{step['median']:.1f} ({step['p10']:.1f} to {step['p90']:.1f})",
             median_range(timing.times_reference) if timing.times_reference else "too noisy",
             "unknown" if timing.noise is None else f"{100 * timing.noise:.1f} %",
@@ -507,15 +513,16 @@ def table(result: Result) -> str:
             f"too noisy: two halves of the steps differ by more than {100 * MOST_NOISE:.0f} %, so no ratio is given; "
             "measure again on a quiet machine"
         )
-    predicted = ", ".join(f"{gpu} {speed:,.0f}" for gpu, speed in result.predicted.items())
+    predicted = ", ".join(f"{gpu} {rate(speed)}" for gpu, speed in result.predicted.items())
     lines += ["", f"predicted for the compiled step, images/s on one GPU (models/cost.py): {predicted}"]
     if train := result.train:
         speed = train.images_per_second
+        ratio = median_range(train.with_loader_over_resident) if train.noise <= MOST_NOISE else "too noisy a share"
         lines += [
             "",
-            f"{train.variant} with loader {train.backend}: {speed['with_loader']:.1f} images/s, "
-            f"{speed['augmented']:.1f} on resident crops, {speed['resident']:.1f} on resident views "
-            f"({100 * train.with_loader_over_resident:.0f} %), the loader alone {speed['loader_alone']:.1f}; "
+            f"{train.variant} with loader {train.backend}: {rate(speed['with_loader'])} images/s, "
+            f"{rate(speed['augmented'])} on resident crops, {rate(speed['resident'])} on resident views (paired "
+            f"rounds: with the loader {ratio} of that), the loader alone {rate(speed['loader_alone'])}; "
             f"{train.cores:.1f} cores busy on each rank",
             f"verdict: {result.verdict}",
         ]

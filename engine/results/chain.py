@@ -80,13 +80,16 @@ def check(chains: Iterable[Chain]) -> None:
     Raises:
         RecipeError: names the row, the recipe and all that is missing or would be refused.
     """
-    runs = [(chain, run, run.recipe()) for chain in chains for run in chain.runs]
-    planned = {str(recipe.folder): recipe for _, _, recipe in runs}
-    for chain, run, recipe in runs:
+    runs = [(chain, number, run, run.recipe()) for chain in chains for number, run in enumerate(chain.runs)]
+    planned = {str(recipe.folder): recipe for *_, recipe in runs}
+    for chain, number, run, recipe in runs:
         problems, said, _ = look(recipe, resumes=True)
         lacking = {problem.key: str(problem) for problem in problems}
-        for number, init in enumerate(recipe.init):
-            key, source = f"init.{number}.from", planned.get(init.source)
+        kind = {2: "knn", 1: "accuracy"}.get(len(chain.runs) - number)  # what `outcome` reads
+        if kind and kind not in [evaluation.kind for evaluation in recipe.evals]:
+            said.append(f"evals: expected one of kind {kind}, whose score is what is asked for")
+        for place, init in enumerate(recipe.init):
+            key, source = f"init.{place}.from", planned.get(init.source)
             if source is not None and key in lacking:
                 del lacking[key]
                 try:

@@ -8,14 +8,21 @@ from pathlib import Path
 from typing import Any
 
 from engine.bench.step import Result
+from engine.errors import RecipeError
 from engine.results.runs import metrics
 from engine.results.scores import Entry, mean_std
 
 
 def pyplot() -> Any:
-    """Matplotlib, which draws into files only. Imported where something is drawn: it is not needed to train."""
-    import matplotlib
+    """Matplotlib, which draws into files only. Imported where something is drawn: it is not needed to train.
 
+    Raises:
+        RecipeError: it is missing.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise RecipeError(f"matplotlib, which draws figures, is missing ({error}): pip install matplotlib") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 

@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from engine.errors import RecipeError
 from loaders.files import aside
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
-    """The rows of a run's `metrics.jsonl`."""
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    """The rows of a run's `metrics.jsonl`, without one that is being written or was cut."""
+    rows = []
+    for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
 
 
 def final(folder: Path, evaluation: str, name: str = "top1") -> float:
-    """The last score of an evaluation in a run."""
-    return [row[name] for row in metrics(folder) if row.get("evaluation") == evaluation][-1]
+    """The last score of an evaluation in a run.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    scores = [row[name] for row in metrics(folder) if row.get("evaluation") == evaluation and name in row]
+    if not scores:
+        raise RecipeError(f"{folder / 'metrics.jsonl'}: no {name} of {evaluation}, expected that one of evals has run")
+    return scores[-1]
 
 
 def curve(folder: Path, name: str, evaluation: str | None = None) -> tuple[list[float], list[float]]:
