@@ -11,7 +11,6 @@ happens here that `tools/train.py` could not do one by one. All methods side by 
 
 import argparse
 import re
-import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -33,7 +32,7 @@ from engine.log import duration, to_console
 from engine.provenance import environment
 from engine.recipe import Recipe
 from engine.results.chain import Chain, Run, init_from, probe_of
-from engine.results.figures import pyplot
+from engine.results.figures import pyplot, score_bars
 from engine.results.runs import curve, final, metrics, write_json
 from engine.results.scores import Outcome, Score, mean_std, table
 from loaders import DataError
@@ -217,12 +216,10 @@ def draw(
 
 
 def _draw_scores(bars: Any, scores: Sequence[Score]) -> None:
-    names = [score.name for score in scores][::-1]
-    means = [statistics.fmean(score.values) for score in scores][::-1]
-    errors = [statistics.stdev(s.values) if len(s.values) > 1 else 0 for s in scores][::-1]
-    drawn = bars.barh(names, means, xerr=errors if any(errors) else None, color="tab:blue")
-    bars.bar_label(drawn, labels=[str(score) for score in scores][::-1], padding=-36, color="white", fontsize=9)
-    bars.set(title="linear top-1 % on held-out images", xlim=(0, 100))
+    places = list(range(len(scores)))[::-1]
+    score_bars(bars, places, [score.values for score in scores], color="tab:blue")
+    bars.set_yticks(places, [score.name for score in scores])
+    bars.set(title="linear top-1 % on held-out images")
 
 
 @guarded

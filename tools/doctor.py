@@ -12,10 +12,12 @@ import os
 import platform
 import resource
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -29,7 +31,7 @@ from engine import recipe as recipes
 from engine.bench import loader as loader_bench
 from engine.bench import step as step_bench
 from engine.bench.clock import rate
-from engine.errors import guarded
+from engine.errors import first_line, guarded, line
 from engine.preflight import missing
 from engine.recipe import Recipe
 from loaders import machine
@@ -41,26 +43,83 @@ MOST_LOST = 0.1
 
 def facts() -> Iterator[tuple[str, str]]:
     """(what, how it is) of the machine."""
-    cores, memory = machine.cores(), machine.memory()
+    for what, ask in QUESTIONS.items():
+        yield what, told(ask)
+
+
+def told(ask: Callable[[], str]) -> str:
+    """An answer, or why there is none: what one question meets must not cost the others."""
+    try:
+        return ask()
+    except Exception as error:
+        return f"cannot tell: {(line(error) or f'{type(error).__name__}: {first_line(error)}').removeprefix('error: ')}"
+
+
+def _python() -> str:
+    return f"{platform.python_version()}, torch {torch.__version__}, torchvision {torchvision.__version__}"
+
+
+def _compiler() -> str:
+    found = []
+    for variable, usual, package in (("CXX", ("g++", "clang++"), "g++"), ("CC", ("gcc", "clang", "cc"), "gcc")):
+        name = os.environ.get(variable) or next(filter(shutil.which, usual), "")
+        if not shutil.which(name):
+            what = f"{variable}={name} is not there" if name else f"no {usual[0]}"
+            return (
+                f"MISSING: {what}: apt-get install {package}; nothing can be compiled, run.compile=false trains without"
+            )
+        version = subprocess.run([name, "--version"], capture_output=True, text=True, check=True).stdout
+        found.append(version.splitlines()[0])
+    return ", ".join(found)
+
+
+def _gpus() -> str:
     gpus = [_gpu(torch.device("cuda", number)) for number in range(torch.cuda.device_count())]
-    yield "python", f"{platform.python_version()}, torch {torch.__version__}, torchvision {torchvision.__version__}"
-    hidden = accelerator.why_hidden()
-    yield "GPUs", ", ".join(gpus) or f"none; {hidden or 'the CPU trains (gloo), slowly'}"
-    ranks = max(1, len(gpus))
+    return ", ".join(gpus) or f"none; {accelerator.why_hidden() or 'the CPU trains (gloo), slowly'}"
+
+
+def _threads() -> str:
+    cores, gpus = machine.cores(), torch.cuda.device_count()
+    ranks = max(1, gpus)
     set_by = " (OMP_NUM_THREADS)" if os.environ.get("OMP_NUM_THREADS") else ""
     computes = "" if gpus else f", {accelerator.cpu_threads(1)} that compute{set_by}"
-    yield "threads", f"{cores} cores, {max(1, cores // ranks)} decoding threads for each of {ranks} rank(s){computes}"
-    load = os.getloadavg()[0]
+    return f"{cores} cores, {max(1, cores // ranks)} decoding threads for each of {ranks} rank(s){computes}"
+
+
+def _load() -> str:
+    cores, load = machine.cores(), os.getloadavg()[0]
     busy = " - busy: what is measured here, and what trains here, shares the cores with it" if load > cores / 4 else ""
-    yield "load", f"{load:.1f} of {cores} cores in the last minute{busy}"
-    yield "memory", f"{memory['MemTotal'] / GIB:.1f} GiB, {memory['MemAvailable'] / GIB:.1f} available"
+    return f"{load:.1f} of {cores} cores in the last minute{busy}"
+
+
+def _memory() -> str:
+    memory = machine.memory()
+    return f"{memory['MemTotal'] / GIB:.1f} GiB, {memory['MemAvailable'] / GIB:.1f} available"
+
+
+def _shm() -> str:
     shm = shutil.disk_usage("/dev/shm")
-    small = (
-        " - small: docker run --shm-size 16g, or data.backend=turbo, which does not use it" if shm.total < GIB else ""
-    )
-    yield "/dev/shm", f"{shm.total / GIB:.1f} GiB, {shm.free / GIB:.1f} free{small}"
+    advice = "docker run --shm-size 16g, or data.backend=turbo, which does not use it"
+    return f"{shm.total / GIB:.1f} GiB, {shm.free / GIB:.1f} free" + (f" - small: {advice}" if shm.total < GIB else "")
+
+
+def _open_files() -> str:
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    yield "open files", f"{files}" + (" - few: ulimit -n 4096" if files < 1024 else "")
+    if files == resource.RLIM_INFINITY:
+        return "without limit"
+    return f"{files}" + (" - few: ulimit -n 4096" if files < 1024 else "")
+
+
+QUESTIONS: dict[str, Callable[[], str]] = {
+    "python": _python,
+    "compiler": _compiler,
+    "GPUs": _gpus,
+    "threads": _threads,
+    "load": _load,
+    "memory": _memory,
+    "/dev/shm": _shm,
+    "open files": _open_files,
+}
 
 
 def _gpu(device: torch.device) -> str:
@@ -73,9 +132,20 @@ def _gpu(device: torch.device) -> str:
 def back_ends() -> Iterator[tuple[str, str]]:
     """(back end, how it works here or the line that fixes it)."""
     for name in loaders.backends():
-        options = loaders.load(name).Options
-        reason = options.missing()
-        yield name, f"MISSING: {reason}" if reason else options.about()
+        yield name, told(partial(_back_end, name))
+
+
+def _back_end(name: str) -> str:
+    options = loaders.load(name).Options
+    reason = options.missing()
+    return f"MISSING: {reason}" if reason else options.about()
+
+
+def _disk(recipe: Recipe | None) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        return (
+            f"{disk_speed(_some_files(recipe, Path(folder)))} of {'the data set' if recipe else tempfile.gettempdir()}"
+        )
 
 
 def disk_speed(paths: list[bytes]) -> str:
@@ -129,14 +199,17 @@ def main() -> int:
     recipe = recipes.load(arguments.recipe, arguments.override) if arguments.recipe else None
     problems = missing(recipe) if recipe else []
     has_data = not any(problem.key in ("data.train", "data.val") for problem in problems)
-    with tempfile.TemporaryDirectory() as folder:
-        files = _some_files(recipe if has_data else None, Path(folder))
-        of = "the data set" if recipe and has_data else tempfile.gettempdir()
-        print(f"{'disk, cold':18} {disk_speed(files)} of {of}")
+    print(f"{'disk, cold':18} {told(lambda: _disk(recipe if has_data else None))}")
     for problem in problems:
         print(f"{'missing':18} {problem}")
     if recipe and has_data and not any(problem.key.startswith("run.") for problem in problems):
-        _keeps_up(recipe)
+        try:
+            _keeps_up(recipe)
+        except (RuntimeError, ImportError) as error:  # such as a step that cannot be compiled
+            if line(error) is not None:
+                raise
+            print(f"{'verdict':18} cannot tell: {type(error).__name__}: {first_line(error)}")
+            return 1
     return 1 if problems else 0
 
 

@@ -29,6 +29,33 @@ def pyplot() -> Any:
     return plt
 
 
+def score_bars(
+    axis: Any,
+    places: Sequence[float],
+    scores: Sequence[Sequence[float]],
+    *,
+    color: str,
+    height: float = 0.8,
+    label: str | None = None,
+) -> None:
+    """Draw means of scores over seeds as horizontal bars from 0 to 100 %, with deviations, and as numbers beside them.
+
+    Args:
+        axis: of matplotlib.
+        places: heights at which the bars lie.
+        scores: in percent, of every seed.
+    """
+    means = [statistics.fmean(values) for values in scores]
+    spreads = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in scores]
+    both = list(zip(means, spreads, strict=True))
+    within = [[min(spread, mean) for mean, spread in both], [min(spread, 100 - mean) for mean, spread in both]]
+    axis.barh(places, means, height=height, xerr=within, color=color, label=label)
+    beside: Any = {"xycoords": ("axes fraction", "data"), "xytext": (4, 0), "textcoords": "offset points"}
+    for place, values in zip(places, scores, strict=True):
+        axis.annotate(mean_std(values), (1, place), va="center", fontsize=8, **beside)
+    axis.set_xlim(0, 100)
+
+
 def draw_comparison(out: Path, title: str, entries: Sequence[Entry], curves: dict[str, list[Path]]) -> None:
     """Draw a table of methods: scores, the paper's beside ours, and two monitors over training.
 
@@ -44,34 +71,26 @@ def draw_comparison(out: Path, title: str, entries: Sequence[Entry], curves: dic
     bars, versus, flips, rank = axes.flat
     places = list(range(len(entries)))[::-1]
     linear, knn = [entry.linear for entry in entries], [entry.knn for entry in entries]
-    for shift, values, label, color in ((0.2, linear, "linear", "tab:blue"), (-0.2, knn, "k-NN", "tab:orange")):
-        errors = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values]
-        drawn = bars.barh(
-            [place + shift for place in places],
-            [statistics.fmean(v) for v in values],
-            height=0.38,
-            xerr=errors,
-            color=color,
-            label=label,
-        )
-        bars.bar_label(drawn, labels=[mean_std(v) for v in values], padding=4, fontsize=8)
+    for shift, scores, label, color in ((0.2, linear, "linear", "tab:blue"), (-0.2, knn, "k-NN", "tab:orange")):
+        score_bars(bars, [place + shift for place in places], scores, height=0.38, color=color, label=label)
     bars.set_yticks(places, [entry.name for entry in entries])
-    bars.set(title="top-1 % on held-out images", xlim=(0, 112))
+    bars.set(title="top-1 % on held-out images")
     bars.legend(loc="lower right", fontsize=8)
 
     for entry in entries:
         if entry.paper is None:
             continue
-        scores = entry.linear
-        error = statistics.stdev(scores) if len(scores) > 1 else 0.0
+        ours = entry.linear
+        error = statistics.stdev(ours) if len(ours) > 1 else 0.0
         mark = "s" if entry.ablation else "o"
         color = "tab:gray" if entry.ablation else "tab:blue"
-        versus.errorbar(entry.paper, statistics.fmean(scores), error, fmt=mark, color=color, capsize=3)
+        versus.errorbar(entry.paper, statistics.fmean(ours), error, fmt=mark, color=color, capsize=3)
         place: Any = {"xytext": (6, -10), "textcoords": "offset points", "fontsize": 8}
         if entry.ablation:
             place |= {"xytext": (-6, 4), "ha": "right"}
-        versus.annotate(entry.name, (entry.paper, statistics.fmean(scores)), **place)
+        versus.annotate(entry.name, (entry.paper, statistics.fmean(ours)), **place)
     versus.margins(x=0.2, y=0.15)
+    versus.set_ylim(top=min(versus.get_ylim()[1], 100.5))
     versus.set(title="against the paper (squares: ablation)", xlabel="paper, ImageNet linear top-1 %")
     versus.set(ylabel="here, linear top-1 %")
 
@@ -88,7 +107,8 @@ def draw_comparison(out: Path, title: str, entries: Sequence[Entry], curves: dic
                 start += max((row["images"] for row in rows), default=0)
     flips.set(title="share of weight signs flipped between two logs", xlabel="images", yscale="log")
     rank.set(title="effective rank of the features (RankMe)", xlabel="images", ylim=(0, None))
-    flips.legend(fontsize=7)
+    if flips.lines:
+        flips.legend(fontsize=7)
     figure.savefig(out, dpi=100)
     plt.close(figure)
 
