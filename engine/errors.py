@@ -139,7 +139,7 @@ def report(error: BaseException) -> None:
         return
     error.is_reported = True  # type: ignore[attr-defined]
     said = line(error)
-    with contextlib.suppress(OSError):  # nobody may be listening
+    with contextlib.suppress(OSError, ValueError):  # nobody may be listening
         if said is None:
             traceback.print_exception(error)
         else:
@@ -246,6 +246,8 @@ def _lost_output(ended: BaseException | None) -> OSError | None:
     lost = None
     for name in ("stderr", "stdout"):
         stream = getattr(sys, name)
+        if stream is None or stream.closed:
+            continue
         try:
             stream.flush()
             if isinstance(ended, BrokenPipeError) and _has_no_reader(stream):

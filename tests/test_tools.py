@@ -1,5 +1,6 @@
 """What all tools have in common: every end is one line and an exit code, whatever the streams are."""
 
+import argparse
 import errno
 import io
 import itertools
@@ -153,6 +154,15 @@ def test_a_full_disk_under_the_output_is_one_line(monkeypatch, capsys):
     assert guarded(lambda: print("x") or 0)() == 6
     stream.close()
     assert capsys.readouterr().err == "error: standard output: No space left on device\n"
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_streams_that_are_not_there_change_no_exit_code(name, monkeypatch):
+    closed = open(os.devnull, "w")
+    closed.close()
+    for stream in (None, closed):
+        monkeypatch.setattr(sys, name, stream)
+        assert guarded(lambda: 7)() == 7 and guarded(raises(DataError("a")))() == 2
 
 
 def test_too_many_open_files_is_one_line(tmp_path, capsys):
@@ -586,12 +596,22 @@ def test_a_benchmark_without_data_says_so_first(mode, data, tmp_path, monkeypatc
     assert str(tmp_path / data) in said and said.splitlines()[-1].startswith("error: ")
 
 
-@pytest.mark.parametrize("name", [name for name in TOOLS if name not in ("make_images", "make_index", "scan_images")])
-def test_usage_shows_overrides_as_optional(name, monkeypatch, capsys):
-    for arguments in (["--help"], ["--nonsense"]):
-        with pytest.raises(SystemExit):
-            call(monkeypatch, name, *arguments)
-        said = "".join(capsys.readouterr())
-        usage = " ".join(said[said.index("usage:") :].split("\n\n")[0].split())
-        if "override" in usage:
-            assert "[override ...]" in usage, usage
+@pytest.mark.parametrize("name", ["train", "compare", "show_views", "doctor"])
+def test_overrides_are_optional_and_stand_anywhere(name, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        call(monkeypatch, name, "--nonsense")
+    usage, said = capsys.readouterr().err.rsplit("\n", 2)[:2]
+    assert "[override ...]" in usage and "override" not in said
+    seen = []
+    honest = argparse.ArgumentParser.parse_intermixed_args
+
+    def parse(parser):
+        seen.append(honest(parser))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("argparse.ArgumentParser.parse_intermixed_args", parse)
+    options = {"train": ["--resume"], "compare": ["--jobs", "1"], "show_views": ["--count", "1"], "doctor": []}[name]
+    for words, expected in ((["x.yaml"], []), (["x.yaml", "a=1", *options, "b=2"], ["a=1", "b=2"])):
+        monkeypatch.setattr(sys, "argv", ["tool", *words])
+        outcome(name)
+        assert list(seen.pop().override) == expected

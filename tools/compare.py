@@ -188,7 +188,7 @@ def main() -> int:
     """Run a table and write `table.md`, `table.json` and `table.png` into its folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", type=Path, help="a file of recipes/tables/")
-    parser.add_argument("override", nargs="*", help="section.key=value, changes every recipe of the table")
+    parser.add_argument("override", nargs="*", default=[], help="section.key=value, changes every recipe of the table")
     parser.add_argument(
         "--out",
         type=Path,

@@ -192,7 +192,7 @@ def main() -> int:
     """Print the findings."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", nargs="?", type=Path, help="a YAML file of recipes/")
-    parser.add_argument("override", nargs="*", help="section.key=value, changes the recipe")
+    parser.add_argument("override", nargs="*", default=[], help="section.key=value, changes the recipe")
     arguments = parser.parse_intermixed_args()
     for what, how in [*facts(), *((f"back end {name}", how) for name, how in back_ends())]:
         print(f"{what:18} {how}", flush=True)

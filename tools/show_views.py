@@ -65,7 +65,7 @@ def main() -> int:
     """Draw, and print how far apart the back ends are."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path, help="a YAML file of recipes/")
-    parser.add_argument("override", nargs="*", help="section.key=value, changes the recipe")
+    parser.add_argument("override", nargs="*", default=[], help="section.key=value, changes the recipe")
     parser.add_argument("--out", type=Path, default=Path("views.png"), help="the picture (%(default)s)")
     parser.add_argument("--count", type=int, default=6, help="how many images (%(default)s)")
     parser.add_argument("--backends", nargs="+", help="which, the first is the reference (all that work here)")

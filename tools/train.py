@@ -30,7 +30,7 @@ def main() -> int:
     """Parse the command line and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path, help="a YAML file of recipes/, or recipe.yaml of a run folder")
-    parser.add_argument("override", nargs="*", help="section.key=value, changes the recipe for this run")
+    parser.add_argument("override", nargs="*", default=[], help="section.key=value, changes the recipe for this run")
     parser.add_argument("--resume", action="store_true", help="continue from the newest intact checkpoint, if any")
     parser.add_argument(
         "--allow-changes", action="store_true", help="resume although recipe, data or ranks have changed"
