@@ -210,7 +210,7 @@ def test_ctrl_c_in_an_import_is_one_line():
 
 
 def test_any_name_of_a_file_can_be_printed():
-    done = shell("""$python 'import _root, os; print(os.fsdecode(b"a\\xff"))'""")
+    done = shell("""PYTHONIOENCODING=utf-8:strict $python 'import _root, os; print(os.fsdecode(b"a\\xff"))'""")
     assert (done.returncode, done.stderr) == (0, b"") and b"a" in done.stdout
 
 
