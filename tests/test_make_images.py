@@ -213,8 +213,8 @@ def test_a_link_in_an_archive_is_refused(tmp_path):
         (["digits", "{out}", "--png"], "--png: expected with cifar10 only"),
         (["imagenette", "{out}"], "imagenette: expected its archive with --source; get https://"),
         (["fashion_mnist", "{out}", "--source", "{out}"], "train-images-idx3-ubyte.gz: no such file; run `apt-get"),
-        (["digits", "{file}"], "is there and holds no train and val"),
-        (["digits", "/"], "/: is there and holds no train and val"),
+        (["digits", "{file}"], "is there and holds no images in train and val"),
+        (["digits", "/"], "/: is there and holds no images in train and val"),
     ],
 )
 def test_bad_arguments_are_one_line(arguments, message, tmp_path, monkeypatch, capsys):
