@@ -46,16 +46,37 @@ def open_device(wanted: str, local_rank: int, local_world_size: int) -> torch.de
 
 
 def cpu_threads(local_world_size: int) -> int:
-    """Threads that a rank computes with on a CPU: OMP_NUM_THREADS, or its share of the cores.
+    """Threads that a rank computes with on a CPU: OMP_NUM_THREADS, or its share of the cores."""
+    return _asked_threads(local_world_size) or max(1, machine.cores() // local_world_size)
+
+
+def _asked_threads(local_world_size: int) -> int | None:
+    """OMP_NUM_THREADS, as far as it is the user's.
 
     torchrun puts OMP_NUM_THREADS=1 into the environment of several ranks where nothing is set, which cannot be told
     from a user's 1; it is taken for torchrun's, because on a CPU one thread for each rank leaves most cores idle.
     """
     asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]  # a list has a number for each level of nesting
     is_torchruns = asked == "1" and local_world_size > 1 and "TORCHELASTIC_RUN_ID" in os.environ
-    if asked.isdigit() and int(asked) and not is_torchruns:
-        return int(asked)
-    return max(1, machine.cores() // local_world_size)
+    return int(asked) if asked.isdigit() and int(asked) and not is_torchruns else None
+
+
+def keep_threads(then: int, local_world_size: int) -> str:
+    """Compute with as many CPU threads as a run did before, because sums are rounded by how they are split.
+
+    Returns:
+        Why this cannot be, in one line, or "".
+    """
+    now = torch.get_num_threads()
+    if then == now:
+        return ""
+    changed = f"the run had {then} CPU threads, and has {now} now"
+    if _asked_threads(local_world_size):
+        return f"{changed} by OMP_NUM_THREADS: numbers differ in rounding; set OMP_NUM_THREADS={then} or unset it"
+    if then * local_world_size > machine.cores():
+        return f"{changed}, because this machine gives it {machine.cores()} cores: numbers differ in rounding"
+    torch.set_num_threads(then)
+    return ""
 
 
 def why_unusable(device: torch.device) -> str:

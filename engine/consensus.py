@@ -227,7 +227,8 @@ class Consensus:
         Returns:
             What to raise here: the error where it decides, `Ended` on the others.
         """
-        mine = Ending(self.rank, getattr(error, "exit_code", 1), first_line(error), saves, is_whole)
+        code = getattr(error, "exit_code", 130 if isinstance(error, KeyboardInterrupt) else 1)
+        mine = Ending(self.rank, code, first_line(error), saves, is_whole)
         self.ending = ending = self.ending or self._decide(mine)
         return own(error) if ending.rank == self.rank else Ended(ending.code, ending.text)
 

@@ -22,11 +22,14 @@ from engine.errors import (
     KNOWN,
     Ended,
     EngineError,
+    MachineError,
     RankError,
     RecipeError,
+    first_line,
     guarded,
     is_own,
     is_shared,
+    own,
     report,
     reports,
     shared,
@@ -60,31 +63,87 @@ class World(NamedTuple):
 
 def environment_rank(*, local: bool = False) -> int:
     """This process's rank in the run, or on its machine, as torchrun gives it before the group exists."""
-    return int(os.environ.get("LOCAL_RANK" if local else "RANK", 0))
+    rank = os.environ.get("LOCAL_RANK" if local else "RANK", "")
+    return int(rank) if rank.isdigit() else 0  # `start` refuses what is no number
+
+
+def _places() -> dict[str, int]:
+    """What torchrun has set, as numbers; a world of one without it.
+
+    Raises:
+        RecipeError: only a part of it is there, or it makes no sense.
+    """
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR")
+    given = {name: os.environ[name] for name in (*names, "LOCAL_WORLD_SIZE") if os.environ.get(name)}
+    alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+    if given.keys() <= {"LOCAL_WORLD_SIZE"}:
+        return alone
+    wrong = [f"{name} is not set" for name in names if name not in given]
+    numbers = {name: int(text) for name, text in given.items() if text.isdigit()}
+    wrong += [f"{name}={given[name]} is no number" for name in given.keys() - numbers.keys() - {"MASTER_ADDR"}]
+    for rank, size in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
+        if {rank, size} <= numbers.keys() and numbers[rank] >= numbers[size]:
+            wrong.append(f"{rank}={numbers[rank]} is not below {size}={numbers[size]}")
+    if wrong:
+        there = ", ".join(f"{name}={text}" for name, text in given.items())
+        raise own(
+            RecipeError(
+                f"the environment has a part of what torchrun sets ({there}): {'; '.join(sorted(wrong))}; start with "
+                "torchrun, set all of it, or unset it to train in one process"
+            )
+        )
+    return {**alone, **numbers}
 
 
 def start(device: str, timeout_seconds: int) -> World:
     """Join the process group that torchrun describes (NCCL on GPUs, gloo on CPUs), or run alone without it.
 
     Raises:
+        RecipeError: the environment has a part of what torchrun sets.
         DeviceError: a GPU is asked for and there is none, or fewer than ranks on this machine.
+        MachineError: the ranks do not meet.
     """
-    rank, local_rank = environment_rank(), environment_rank(local=True)
-    world_size, local_world_size = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    places = _places()
+    local_rank, local_world_size = places["LOCAL_RANK"], places["LOCAL_WORLD_SIZE"]
     here = accelerator.open_device(device, local_rank, local_world_size)
-    world = World(rank, world_size, local_rank, local_world_size, here)
+    world = World(places["RANK"], places["WORLD_SIZE"], local_rank, local_world_size, here)
     # torchrun with one rank makes a group too: one GPU then runs all that many run.
-    if world_size > 1 or {"RANK", "MASTER_ADDR"} <= os.environ.keys():
-        dist.init_process_group(
-            "nccl" if here.type == "cuda" else "gloo",
-            timeout=timedelta(seconds=timeout_seconds),
-            device_id=here if here.type == "cuda" else None,
-        )
+    if "MASTER_PORT" in places:
+        _join(here, timeout_seconds)
     global _consensus
     # The store of the default group has no public name.
     store = dist.distributed_c10d._get_default_store() if dist.is_initialized() else None
-    _consensus = Consensus(rank, world_size, here, store, timeout_seconds)
+    _consensus = Consensus(world.rank, world.world_size, here, store, timeout_seconds)
     return world
+
+
+def _join(device: torch.device, timeout_seconds: int) -> None:
+    """Make the process group, in a thread: the call may wait for a machine that never comes, and hears no signal."""
+    global _left
+    failed: list[Exception] = []
+
+    def join() -> None:
+        try:
+            dist.init_process_group(
+                "nccl" if device.type == "cuda" else "gloo",
+                timeout=timedelta(seconds=timeout_seconds),
+                device_id=device if device.type == "cuda" else None,
+            )
+        except Exception as error:
+            failed.append(error)
+
+    _left = False
+    joins = threading.Thread(target=join, name="init_process_group", daemon=True)
+    joins.start()
+    joins.join()
+    _left = True
+    for error in failed:
+        said = first_line(error)[:200]
+        remedy = "start all ranks with the address of rank 0's machine"
+        if "EADDRINUSE" in said:
+            remedy = "set a MASTER_PORT that is free"
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise own(MachineError(f"the ranks do not meet at {where}: {said}; {remedy}, or use torchrun")) from None
 
 
 _consensus: Consensus | None = None  # of the process group, and like it one for the process
@@ -135,7 +194,7 @@ def group(device: str, timeout_seconds: int) -> Iterator[World]:
             if is_connection(error):
                 agreement.wait_for_ending()
             raised = agreement.end(error, saves=False)
-            if agreement.is_grouped and is_own(raised):
+            if agreement.is_grouped and is_own(raised) and isinstance(raised, Exception):  # no interrupt
                 report(raised)
         stop(in_order=is_shared(error))
         if raised is error:

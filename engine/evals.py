@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import TypeVar, cast
 
 import numpy as np
 import torch
@@ -10,17 +11,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import loaders
-from engine import dist
+from engine import dist, faults
 from engine.consensus import Consensus
 from engine.dist import World
+from engine.errors import EngineError, first_line
 from engine.recipe import EvalConfig, Recipe
-from loaders import DataConfig, Index
+from loaders import DataConfig, DataError, Index, LoaderError
 from models.methods import Method
 
+T = TypeVar("T")
 PIXELS = 32
 """Longest side at which raw pixels are compared."""
 WARM_UP = 512
 """Images that the random network's BatchNorm has seen."""
+
+
+class NotMeasured(Exception):
+    """An evaluation that cannot be done, raised on all ranks in the same words; it has no number."""
+
+
+class _Cut(Exception):
+    """A signal has cut an evaluation short, on all ranks."""
 
 
 def run(
@@ -38,6 +49,10 @@ def run(
     Returns:
         `top1` (and `top5`; `baselines` has names of its own) in percent, and the number of images that were measured;
         None on all ranks where a signal cut it short, because a job that is about to be killed has no time for it.
+
+    Raises:
+        NotMeasured: it cannot be done, because of images, a loader or an error of its own on any rank.
+        MachineError, Ended: memory ran out, a device or a rank is lost; that ends the run.
     """
     data = recipe.data
     was_training, consensus = method.training, dist.consensus(world)
@@ -50,22 +65,54 @@ def run(
             if config.kind == "baselines":
                 return _baselines(config, method, recipe, indices, world, consensus)
             return _knn(config, method.evaluated, data, indices, world, consensus)
+    except _Cut:
+        return None
     finally:
         method.train(was_training)
 
 
-def _accuracy(
-    method: Method, data: DataConfig, index: Index, world: World, consensus: Consensus
-) -> dict[str, float] | None:
-    counts = torch.zeros(3, dtype=torch.float64, device=world.device)  # top-1 hits, top-5 hits, images
-    for images, label in _batches(data, index, None, world, consensus):
-        ranked = method.logits(images).topk(min(5, len(index.classes)), dim=1).indices  # [B, 5]
-        hits = ranked == label[:, None]
-        counts += torch.stack((hits[:, :1].sum(), hits.sum(), torch.tensor(len(label), device=world.device)))
+def _apart(action: Callable[[], T], consensus: Consensus) -> T:
+    """Do what a rank does without the others; where one cannot, or is asked to stop, all learn of it here.
+
+    Raises:
+        NotMeasured, _Cut: on all ranks.
+    """
+    result: T | None = None
+    problem = ""
+    try:
+        result = action()
+    except Exception as error:
+        if isinstance(error, EngineError) or faults.ends(error):
+            raise
+        is_plain = isinstance(error, DataError | LoaderError | ValueError)
+        problem = first_line(error) if is_plain else f"{type(error).__name__}: {first_line(error)}"
     if consensus.stops():
-        return None
-    top1, top5, images_seen = dist.total(counts).tolist()
-    return {"top1": 100 * top1 / images_seen, "top5": 100 * top5 / images_seen, "measured": images_seen}
+        raise _Cut
+    for rank, text in enumerate(dist.gather_objects(problem)):
+        if text:
+            raise NotMeasured(f"rank {rank}: {text}" if consensus.world_size > 1 else text)
+    return cast(T, result)
+
+
+def _percent(hits: Tensor, measured: Tensor | int) -> list[float]:
+    """Counts of hits [n] on this rank, of `measured` images, as percent over all ranks, and the images of all."""
+    *counts, images = dist.total(torch.stack((*hits, torch.as_tensor(measured, device=hits.device))).double()).tolist()
+    if not images:
+        raise NotMeasured("no validation image can be decoded")
+    return [*(100 * count / images for count in counts), images]
+
+
+def _accuracy(method: Method, data: DataConfig, index: Index, world: World, consensus: Consensus) -> dict[str, float]:
+    def count() -> Tensor:
+        counts = torch.zeros(3, dtype=torch.float64, device=world.device)  # top-1 hits, top-5 hits, images
+        for images, label in _batches(data, index, None, world, consensus):
+            ranked = method.logits(images).topk(min(5, len(index.classes)), dim=1).indices  # [B, 5]
+            hits = ranked == label[:, None]
+            counts += torch.stack((hits[:, :1].sum(), hits.sum(), torch.tensor(len(label), device=world.device)))
+        return counts
+
+    *hits, images_seen = _apart(count, consensus)
+    return dict(zip(("top1", "top5", "measured"), _percent(torch.stack(hits), images_seen), strict=True))
 
 
 def _knn(
@@ -75,19 +122,16 @@ def _knn(
     indices: dict[str, Index],
     world: World,
     consensus: Consensus,
-) -> dict[str, float] | None:
-    rows = _bank(config.bank, indices["train"])
-    own_bank = _features(network, data, indices["train"], rows, world, consensus)
-    query, query_label = _features(network, data, indices["val"], None, world, consensus)
-    if consensus.stops():
-        return None
-    bank, bank_label = (dist.gather_rows(part) for part in own_bank)
+) -> dict[str, float]:
+    train = indices["train"]
+    rows = _bank(config.bank, train)
+    bank, bank_label, query, query_label = _bank_and_query(network, rows, data, indices, world, consensus)
     # Every rank classifies its own share of the validation images against the whole bank.
-    predicted = knn(bank, bank_label, query, len(indices["train"].classes), config.neighbors, config.temperature)
-    hits = (predicted == query_label).sum()
-    counts = torch.stack((hits, torch.tensor(len(query), device=hits.device))).double()
-    top1, images_seen = dist.total(counts).tolist()
-    return {"top1": 100 * top1 / images_seen, "measured": images_seen}
+    predicted = _apart(
+        lambda: knn(bank, bank_label, query, len(train.classes), config.neighbors, config.temperature), consensus
+    )
+    top1, images_seen = _percent((predicted == query_label).sum()[None], len(query))
+    return {"top1": top1, "measured": images_seen}
 
 
 def _baselines(
@@ -97,29 +141,23 @@ def _baselines(
     indices: dict[str, Index],
     world: World,
     consensus: Consensus,
-) -> dict[str, float] | None:
+) -> dict[str, float]:
     """Whether the network is worth anything: logistic regression on raw pixels, on the same network at random and on
     this one, and k-NN on raw pixels."""
-    data, train = recipe.data, indices["train"]
-    rows = _bank(config.bank, train)
-    untrained = _untrained(recipe, indices["train"], rows, world, consensus)
+    train = indices["train"]
+    rows, classes = _bank(config.bank, train), len(train.classes)
+    untrained = _apart(lambda: _untrained(recipe, train, rows, world, consensus), consensus)
+    dist.broadcast_buffers(untrained)
     scores: dict[str, Tensor] = {}
     for name, extract in (("logistic", method.features), ("random", untrained.features), ("pixels", pixels)):
-        own_bank = _features(extract, data, train, rows, world, consensus)
-        query, query_label = _features(extract, data, indices["val"], None, world, consensus)
-        if consensus.stops():
-            return None
-        # In the order of the index, for every number of ranks: the loader deals images out in turns.
-        bank, bank_label = (_dealt(dist.gather_rows(part), world.world_size) for part in own_bank)
-        classes = len(train.classes)
-        scores[f"{name}_top1"] = logistic(bank, bank_label, query, classes) == query_label
+        bank, bank_label, query, query_label = _bank_and_query(extract, rows, recipe.data, indices, world, consensus)
+        answers = {"top1": lambda: logistic(bank, bank_label, query, classes)}  # noqa: B023
         if extract is pixels:
-            nearest = knn(bank, bank_label, query, classes, config.neighbors, config.temperature)
-            scores[f"{name}_knn"] = nearest == query_label
-    hits = [*scores.values(), torch.ones_like(query_label, dtype=torch.bool)]
-    *counts, images_seen = dist.total(torch.stack([hit.sum() for hit in hits]).double()).tolist()
-    percent = {name: 100 * count / images_seen for name, count in zip(scores, counts, strict=True)}
-    return {name: percent[name] for name in sorted(percent)} | {"measured": images_seen}
+            answers["knn"] = lambda: knn(bank, bank_label, query, classes, config.neighbors, config.temperature)  # noqa: B023
+        for kind, answer in answers.items():
+            scores[f"{name}_{kind}"] = (_apart(answer, consensus) == query_label).sum()
+    *percent, images_seen = _percent(torch.stack(list(scores.values())), len(query))
+    return dict(sorted(zip(scores, percent, strict=True))) | {"measured": images_seen}
 
 
 def pixels(images: Tensor) -> Tensor:
@@ -143,7 +181,6 @@ def _untrained(recipe: Recipe, train: Index, rows: list[int], world: World, cons
     for images, _ in _batches(recipe.data, train, rows[:: max(1, len(rows) // WARM_UP)], world, consensus):
         if len(images) > 1:
             method.features(images)
-    dist.broadcast_buffers(method)
     return method.eval()
 
 
@@ -219,7 +256,8 @@ def _dealt(rows: Tensor, world_size: int) -> Tensor:
 def knn(
     bank: Tensor, bank_label: Tensor, query: Tensor, num_classes: int, neighbors: int, temperature: float
 ) -> Tensor:
-    """Weighted k-nearest-neighbor vote by cosine, weights exp(cos / T) (Wu et al. 2018, section 3.4).
+    """Weighted k-nearest-neighbor vote by cosine, weights exp(cos / T) (Wu et al. 2018, section 3.4), as shares of the
+    largest one: exp(cos / T) itself overflows below T = 0.0113.
 
     Args:
         bank, query: features [N, D] and [M, D].
@@ -231,11 +269,34 @@ def knn(
     bank, query = F.normalize(bank.float(), dim=1), F.normalize(query.float(), dim=1)
     predicted = []
     for chunk in query.split(1024):
-        similarity, nearest = (chunk @ bank.T).topk(min(neighbors, len(bank)), dim=1)  # [m, k]
+        similarity, nearest = (chunk @ bank.T).topk(min(neighbors, len(bank)), dim=1)  # [m, k], largest first
         votes = torch.zeros(len(chunk), num_classes, device=bank.device)
-        votes.scatter_add_(1, bank_label[nearest], (similarity / temperature).exp())
+        votes.scatter_add_(1, bank_label[nearest], ((similarity - similarity[:, :1]) / temperature).exp())
         predicted.append(votes.argmax(dim=1))
     return torch.cat(predicted) if predicted else bank_label.new_empty(0)
+
+
+def _bank_and_query(
+    extract: Callable[[Tensor], Tensor],
+    rows: list[int],
+    data: DataConfig,
+    indices: dict[str, Index],
+    world: World,
+    consensus: Consensus,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Features [N, D] and labels [N] of the bank, in the order of the index for any number of ranks, and both of this
+    rank's share of the validation images."""
+    mine, (query, query_label) = _apart(
+        lambda: (
+            _features(extract, data, indices["train"], rows, world, consensus),
+            _features(extract, data, indices["val"], None, world, consensus),
+        ),
+        consensus,
+    )
+    bank, bank_label = (_dealt(dist.gather_rows(part), world.world_size) for part in mine)  # dealt out in turns
+    if not len(bank):
+        raise NotMeasured("no training image can be decoded")
+    return bank, bank_label, query, query_label
 
 
 def _features(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+
 import torch
 
 from engine import dist
@@ -20,13 +23,32 @@ _CONTEXT = 1 << 30
 def fault(error: BaseException, recipe: Recipe, device: torch.device) -> MachineError | None:
     """What an error says about the machine, in one line; None where it says nothing."""
     said = first_line(error)
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in said:
+    if _is_out_of_memory(error):
         return OutOfMemory(f"{device}: out of memory with data.micro_batch {recipe.data.micro_batch}")
     if is_lost(error):
         return MachineError(f"{device}: {said}; the GPU's state is lost, start again with --resume")
+    if isinstance(error, OSError) or any(words in said for words in _EXHAUSTED):
+        return MachineError(f"{said}; see to it and start again with --resume")
     if dist.is_connection(error):
         return LostRank(f"another rank is gone, and with it the connection ({said[:160]}); its own log says why")
     return None
+
+
+_EXHAUSTED = (
+    "can't start new thread",
+    *(os.strerror(number) for number in (errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC)),
+)
+"""What libraries say in errors of their own of a machine that has no more of something."""
+
+
+def ends(error: BaseException) -> bool:
+    """Whether nothing can go on after an error: memory ran out, a device or another rank is lost."""
+    return _is_out_of_memory(error) or is_lost(error) or dist.is_connection(error)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    is_torchs = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return is_torchs or "can't allocate memory" in first_line(error)
 
 
 class OutOfMemory(MachineError):

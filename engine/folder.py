@@ -12,7 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO
 
 from engine.errors import FolderError
 from engine.log import logger
@@ -101,25 +101,33 @@ class RunFolder:
         for path in self._old:
             path.unlink(missing_ok=True)
 
-    def open_rows(self, images: int | None) -> TextIO:
-        """`metrics.jsonl`, to be appended to. Rows beyond `images`, of a run that was killed, are dropped (steps may
-        have changed their size); None drops all.
+    def open_rows(self, images: int | None) -> tuple[BinaryIO, list[str]]:
+        """`metrics.jsonl`, to be appended to without a buffer, and the kinds of the evaluations after exactly `images`
+        that it has, in order. Rows beyond `images`, of a run that was killed, are dropped (steps may have changed their
+        size); None drops all, and the curves of TensorBoard too.
 
         Raises:
             FolderError: it cannot be read or written.
         """
         path = self.path / "metrics.jsonl"
-        kept = []
+        kept, evaluated = [], []
         with _written(self.path):
-            if images is not None and path.exists():
-                for line in path.read_text(encoding="utf-8").splitlines():
+            if images is None:
+                for old in (self.path / "tensorboard").glob("events.out.tfevents.*"):
+                    old.unlink()
+            elif path.exists():
+                for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
                     try:
-                        if json.loads(line)["images"] <= images:
+                        row = json.loads(line)
+                        if row["images"] <= images:
                             kept.append(line)
-                    except (ValueError, KeyError):
+                        if row["images"] == images and "evaluation" in row:
+                            evaluated.append(row["evaluation"])
+                    except (ValueError, KeyError, TypeError):
                         pass  # the last line of a run that was killed while writing it
-            _write(path, "".join(line + "\n" for line in kept))
-            return open(path, "a", encoding="utf-8")
+            _write(path, "".join(line + "
+" for line in kept))
+            return open(path, "ab", buffering=0), evaluated
 
     def list_bad_images(self, bad: dict[str, str]) -> None:
         """Write `bad_images.tsv`: path and reason of every image that was replaced so far."""

@@ -8,12 +8,14 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import resource
 import sys
+import threading
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
 
 import torch
 from torch import Tensor
@@ -34,12 +36,52 @@ CONSTANT = ("measured", "online")
 
 def to_console(is_main: bool, *, progress: TextIO | None = None) -> None:
     """Show warnings of all ranks on standard error and log lines of rank 0 on `progress`, which by default is standard
-    output, so that a log file has them."""
-    lines, warnings = logging.StreamHandler(progress or sys.stdout), logging.StreamHandler(sys.stderr)
+    output, so that a log file has them. Streams that are closed, break or are full cost what is said, not the run."""
+    _open_streams()
+    lines, warnings = _Lines(progress or sys.stdout), _Lines(sys.stderr)
     lines.addFilter(lambda record: record.levelno < logging.WARNING)
     warnings.setLevel(logging.WARNING)
     logging.basicConfig(format="%(message)s", handlers=[lines, warnings], force=True)
     logger.setLevel(logging.INFO if is_main else logging.WARNING)
+    threading.excepthook = _say_of_a_thread
+
+
+def _say_of_a_thread(arguments: threading.ExceptHookArgs) -> None:
+    is_boards = type(arguments.thread).__module__.startswith("tensorboard.")
+    if not (is_boards and isinstance(arguments.exc_value, OSError)):  # `RunLog` meets and says that one
+        threading.__excepthook__(arguments)
+
+
+class _Lines(logging.StreamHandler[TextIO]):
+    """Lines on a stream, dropped where it takes none."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Called where a line cannot be written."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif isinstance(error, BrokenPipeError):  # for good: what is still in the buffer would fail at the exit
+            with contextlib.suppress(OSError):
+                _lead_nowhere(self.stream.fileno())
+
+
+def _open_streams() -> None:
+    """Let standard streams that were closed at the start lead nowhere: an opened file would get their numbers, and what
+    libraries print."""
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        if getattr(sys, name) is None:
+            try:
+                os.fstat(number)  # a file has it by now
+            except OSError:
+                _lead_nowhere(number)
+            setattr(sys, name, open(os.devnull, mode))
+
+
+def _lead_nowhere(number: int) -> None:
+    null = os.open(os.devnull, os.O_RDWR)
+    if null != number:
+        os.dup2(null, number)
+        os.close(null)
 
 
 class Meter:
@@ -113,13 +155,13 @@ class Clock:
     def read(self, images_left: int) -> dict[str, float]:
         """Speed since the last reading and time left; starts the next interval."""
         self.pause()
-        rate = self._images / max(self._interval, 1e-9)
-        self._rates = [*self._rates, rate][-10:]
+        speed = self._images / max(self._interval, 1e-9)
+        self._rates = [*self._rates, speed][-10:]
         # The first interval holds compilation and warm-up: it counts only while there is no other.
         steady = self._rates[1:] or self._rates
         mean_rate = sum(steady) / len(steady)
         row = {
-            "images_per_second": round(rate, 2),
+            "images_per_second": float(f"{speed:.3g}") if speed < 1 else round(speed, 2),
             "data_wait": round(self._waited / max(self._interval, 1e-9), 4),
             "memory_gib": round(_memory_bytes() / 2**30, 3),
             "seconds": round(self.seconds, 2),
@@ -143,7 +185,7 @@ class RunLog:
 
     Args:
         folder: the run folder.
-        rows: where its rows go, one line of JSON each.
+        rows: where its rows go, one line of JSON each; without a buffer.
         step: the run continues after this one.
         recipe: the text that TensorBoard shows.
         schedules: names of the scheduled scalars, a group of their own there.
@@ -152,25 +194,31 @@ class RunLog:
     def __init__(
         self,
         folder: Path,
-        rows: TextIO,
+        rows: BinaryIO,
         horizon: Horizon,
         step: int,
         *,
         recipe: str = "",
         schedules: Iterable[str] = (),
     ) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
         self.horizon, self._rows, self._schedules = horizon, rows, frozenset(schedules)
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
-        self._board.add_text("recipe", "".join(f"    {line}\n" for line in recipe.splitlines()), step)
+        self._folder, self._recipe = folder / "tensorboard", "".join(f"    {line}\n" for line in recipe.splitlines())
+        self._board = self._open_board(step)
         self._bar = tqdm(
             total=horizon.total_steps, initial=step, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty()
         )
 
+    def _open_board(self, step: int = 0) -> Any:
+        from torch.utils.tensorboard import SummaryWriter
+
+        board = SummaryWriter(str(self._folder), purge_step=step + 1 if step else None)
+        board.add_text("recipe", self._recipe, step)
+        return board
+
     def tick(self) -> None:
         """One step is done."""
-        self._bar.update()
+        with contextlib.suppress(OSError):
+            self._bar.update()
 
     def row(self, step: int, scalars: dict[str, Any], *, evaluation: str | None = None) -> None:
         """Write one row: a line for people, one for machines, a point on each TensorBoard curve."""
@@ -180,21 +228,52 @@ class RunLog:
             "images": step * self.horizon.batch_size,
         }
         kind = {"evaluation": evaluation} if evaluation else {}
-        try:
-            self._rows.write(json.dumps({**fixed, **kind, **scalars}) + "\n")
-            self._rows.flush()
-            for name, scalar in scalars.items():
-                if isinstance(scalar, int | float) and name not in CONSTANT:
-                    self._board.add_scalar(f"{self._group(name, evaluation)}{name}", scalar, step)
-        except OSError as error:  # a full disk must not cost the run
-            logger.warning(f"metrics of step {step} cannot be written: {error.strerror}; training continues")
+        points = {
+            f"{self._group(name, evaluation)}{name}": scalar
+            for name, scalar in scalars.items()
+            if isinstance(scalar, int | float) and name not in CONSTANT
+        }
+        for write, content in ((self._write, {**fixed, **kind, **scalars}), (self._draw, points)):
+            try:
+                write(step, content)
+            except OSError as error:  # a full disk must not cost the run
+                logger.warning(f"metrics of step {step} cannot be written: {error.strerror}; training continues")
         line = _line(step, self.horizon, scalars, evaluation)
         if self._bar.disable or not sys.stdout.isatty():
             logger.info(line)
-        elif evaluation:
-            self._bar.write(line)
-        else:
-            self._bar.set_postfix_str(line.split("  ", 2)[-1])
+            return
+        with contextlib.suppress(OSError):
+            if evaluation:
+                self._bar.write(line)
+            else:
+                self._bar.set_postfix_str(line.split("  ", 2)[-1])
+
+    def _write(self, step: int, content: dict[str, Any]) -> None:
+        """A whole line or none."""
+        line, end = json.dumps(content).encode() + b"\n", os.fstat(self._rows.fileno()).st_size
+        try:
+            while line:
+                line = line[self._rows.write(line) :]
+        except OSError:
+            with contextlib.suppress(OSError):
+                self._rows.truncate(end)
+            raise
+
+    def _draw(self, step: int, points: dict[str, float]) -> None:
+        if self._board is None:
+            self._board = self._open_board()
+        try:
+            for name, scalar in points.items():
+                self._board.add_scalar(name, scalar, step)
+        except OSError:  # its thread has ended at the first error: another one can try again
+            self._close_board()
+            raise
+
+    def _close_board(self) -> None:
+        with contextlib.suppress(OSError):
+            if self._board is not None:
+                self._board.close()
+        self._board = None
 
     def _group(self, name: str, evaluation: str | None) -> str:
         """Where TensorBoard shows a scalar; monitors name their group themselves."""
@@ -206,10 +285,10 @@ class RunLog:
 
     def close(self) -> None:
         """Flush everything."""
-        self._bar.close()
         with contextlib.suppress(OSError):
-            self._board.close()
-            self._rows.close()
+            self._bar.close()
+        self._close_board()
+        self._rows.close()
 
 
 def _line(step: int, horizon: Horizon, scalars: dict[str, Any], evaluation: str | None) -> str:
@@ -222,12 +301,17 @@ def _line(step: int, horizon: Horizon, scalars: dict[str, Any], evaluation: str 
         elif name == "data_wait":
             words.append(f"data wait {100 * scalar:.0f}%")
         elif name == "images_per_second":
-            words.append(f"{scalar:.0f} img/s")
+            words.append(f"{rate(scalar)} img/s")
         elif name == "memory_gib":
             words.append(f"{scalar:.2f} GiB")
         elif name in SHOWN or (name != "seconds" and name not in CONSTANT and "/" not in name):
             words.append(f"{name} {scalar:.4g}" if isinstance(scalar, int | float) else f"{name} {scalar}")
     return "  ".join(words)
+
+
+def rate(images_per_second: float) -> str:
+    """Images per second with three digits or all whole ones."""
+    return f"{images_per_second:.0f}" if images_per_second >= 100 else f"{images_per_second:.3g}"
 
 
 def duration(seconds: float) -> str:

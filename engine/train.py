@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from engine.errors import (
     NotFinite,
     NotFiniteState,
     NotSaved,
+    RecipeError,
     Stopped,
     Untrained,
     first_line,
@@ -55,7 +56,8 @@ from models import backbones
 from models.methods import Method
 from models.precision import at_least_float32
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+"""What asks a run to save and stop."""
 UNSAVED = (NotFinite, Untrained, LostRank)
 """What ends a run without a checkpoint of its own: the last one stays."""
 
@@ -303,42 +305,42 @@ class Trainer:
             Ended: another rank met something that ends the run, and raises that itself.
             FolderError: the run folder cannot be written, or another process is running there.
         """
-        before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
-        try:
-            dist.together(self._open_folder)
-            self._warn()
-            if self._is_renumbered:
-                self._save(self.steps_done, must=True)
-                if self.folder:
-                    self.folder.drop_old()
-            self.loader = loaders.open_train(
-                self.recipe.data,
-                self.indices["train"],
-                seed=self.recipe.seed,
-                step=self.steps_done,
-                place=self.world.place,
-                dtype=self.amp_dtype,
-                version=self.stream_version,
-            )
-            self.loader.bad.update(self.bad_images)
-            self.bad_images = self.loader.bad
-            self._train()
-        except Exception as error:
-            raised = self._end(error)
-            if raised is error:
-                raise
-            raise raised from None
-        finally:
-            self.close()
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        with _heard(self._on_signal):
+            try:
+                evaluated = dist.gather_objects(dist.together(self._open_folder))[0]
+                self._warn()
+                if self._is_renumbered:
+                    self._save(self.steps_done, must=True)
+                    if self.folder:
+                        self.folder.drop_old()
+                self.loader = loaders.open_train(
+                    self.recipe.data,
+                    self.indices["train"],
+                    seed=self.recipe.seed,
+                    step=self.steps_done,
+                    place=self.world.place,
+                    dtype=self.amp_dtype,
+                    version=self.stream_version,
+                )
+                self.loader.bad.update(self.bad_images)
+                self.bad_images = self.loader.bad
+                self._train(evaluated)
+            except Exception as error:
+                raised = self._end(error)
+                if raised is error:
+                    raise
+                raise raised from None
+            finally:
+                self.close()
 
-    def _train(self) -> None:
+    def _train(self, evaluated: list[str]) -> None:
+        """`evaluated`: kinds of the evaluations after the newest step that have their rows."""
         recipe, horizon = self.recipe, self.horizon
         assert self.loader is not None
         if not self._is_resumed:
             self._due_evals = [number for number, evaluation in enumerate(recipe.evals) if evaluation.at_start]
         owed = bool(self._due_evals)
+        self._strike(evaluated)
         if not self._evaluate():  # what a signal has cut
             raise shared(Stopped(f"stopped by a signal after step {self.steps_done}; continue with --resume"))
         if owed and self.steps_done == horizon.total_steps:
@@ -364,7 +366,9 @@ class Trainer:
             if logs:
                 self._log_step(step)
             self.clock.pause()
-            stops = not self._evaluate() or stops
+            if self._due_evals and not stops:
+                self._save(step, must=False)  # with what is owed: an evaluation may take hours, or be the end
+                stops = not self._evaluate()
             if saves or stops:
                 self._save(step, must=stops or step == horizon.total_steps)
             if stops and (step < horizon.total_steps or self._due_evals):
@@ -400,7 +404,7 @@ class Trainer:
         try:
             self._recall()
             path = self._write(self.steps_done, self.state_dict(together=False))
-        except (EngineError, RuntimeError) as error:
+        except (EngineError, RuntimeError, OSError) as error:
             logger.warning(f"step {self.steps_done} cannot be saved: {first_line(error)}")
         else:
             logger.warning(f"saved {path}; continue with --resume")
@@ -439,24 +443,37 @@ class Trainer:
         run owes the rest."""
         while self._due_evals:
             config = self.recipe.evals[self._due_evals[0]]
-            with torch.compiler.set_stance("force_eager"):
-                sets = sets_of(self.recipe, self._due_evals[0], self.indices)
-                scores = evals.run(config, self.method, self.recipe, sets, self.world)
+            sets = sets_of(self.recipe, self._due_evals[0], self.indices)
+            try:
+                with torch.compiler.set_stance("force_eager"):
+                    scores = evals.run(config, self.method, self.recipe, sets, self.world)
+            except evals.NotMeasured as error:  # owed no longer: a resumed run would meet it again
+                scores = {}
+                if self.world.is_main:
+                    logger.warning(f"step {self.steps_done}: no {config.kind}: {error}; training continues")
             if scores is None:
                 return False
-            if self.log:
+            if self.log and scores:
                 self.log.row(self.steps_done, {**scores, "online": True}, evaluation=config.kind)
             del self._due_evals[0]
         return True
 
-    def _open_folder(self) -> None:
+    def _strike(self, evaluated: list[str]) -> None:
+        """Owe no evaluation that has its row: the run was ended after that, and before it saved again."""
+        kinds = list(evaluated)
+        for number, evaluation in enumerate(self.recipe.evals):
+            if kinds and evaluation.kind == kinds[0] and due(self.steps_done, evaluation.every, self.horizon):
+                del kinds[0]
+                self._due_evals = [owed for owed in self._due_evals if owed != number]
+
+    def _open_folder(self) -> list[str]:
         if not self.world.is_main:
-            return
+            return []
         recipe, world = self.recipe, self.world
         self.folder = RunFolder(recipe, self.steps_done)
         if self._is_renumbered:
             self.folder.set_aside()
-        rows = self.folder.open_rows(self.steps_done * recipe.data.batch_size if self._is_resumed else None)
+        rows, evaluated = self.folder.open_rows(self.steps_done * recipe.data.batch_size if self._is_resumed else None)
         self.log = RunLog(
             recipe.folder, rows, self.horizon, self.steps_done, recipe=recipe.dump(), schedules=recipe.schedules
         )
@@ -466,6 +483,7 @@ class Trainer:
             f"{world.world_size} x {world.device.type}, amp {recipe.run.amp}, loader {recipe.data.backend}, "
             f"{sum(parameter.numel() for parameter in self.trained):,} trained parameters"
         )
+        return evaluated
 
     def _warn(self) -> None:
         # Once per machine: each has a /dev/shm and a GPU of its own.
@@ -502,6 +520,7 @@ class Trainer:
             "seconds": self.clock.seconds,
             "bad_images": {p: reason for bad in of_ranks for p, reason in bad.items()},
             "due_evals": self._due_evals,
+            "threads": torch.get_num_threads(),
             "total_steps": self.horizon.total_steps,
             "horizon": self.horizon._asdict(),
             "recipe": self.recipe.dump(),
@@ -570,6 +589,13 @@ class Trainer:
         recipe, then, before = self.recipe, recipe_of(state, path), horizon_of(state, self.horizon.num_images)
         changed = check_identity(state, path, self._identity(), allow_changes=allow_changes)
         changed += self.load_state_dict(state)
+        if self.steps_done > self.horizon.total_steps:
+            raise RecipeError(
+                f"run.duration={recipe.run.duration} is {self.horizon.total_steps} steps, and {path} has gone "
+                f"{self.steps_done}; set a run.duration that is not shorter, or start anew under another name"
+            )
+        if self.world.device.type == "cpu" and "threads" in state:
+            changed.append(accelerator.keep_threads(state["threads"], self.world.local_world_size))
         if state["versions"] != versions():
             changed.append(f"{path} was written with {state['versions']}, this is {versions()}: numbers may differ")
         self._is_resumed, self._is_renumbered = True, before.batch_size != recipe.data.batch_size
@@ -579,7 +605,7 @@ class Trainer:
             self._due_evals = [number for number, evaluation in enumerate(recipe.evals) if evaluation in owed]
         if not self.world.is_main:
             return
-        for text in changed:
+        for text in filter(None, changed):
             logger.warning(f"resumed differently: {text}")
         for text in free_changes(then, recipe) if then else ():
             logger.info(f"resumed the same: {text}")
@@ -650,18 +676,52 @@ def run(
     Raises:
         As `Trainer` and `Trainer.fit`.
     """
-    with dist.group(recipe.run.device, recipe.run.timeout_seconds) as world:
+    with _ended_by_signals(), dist.group(recipe.run.device, recipe.run.timeout_seconds) as world:
         started = time.perf_counter()
-        dist.together(check)
         try:
-            trainer = Trainer(recipe, world, resume=resume, allow_changes=allow_changes)
-        except (RuntimeError, MemoryError) as error:
+            dist.together(check)
+            Trainer(recipe, world, resume=resume, allow_changes=allow_changes).fit()
+        except Exception as error:
             known = None if isinstance(error, KNOWN) else faults.fault(error, recipe, world.device)
             if known is None:
                 raise
+            known.__dict__ |= error.__dict__  # who reports it
             raise known from None
-        trainer.fit()
         logger.info(f"{recipe.folder}: done in {duration(time.perf_counter() - started)}")
+
+
+class _Interrupted(KeyboardInterrupt):
+    exit_code = Stopped.exit_code
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Around what is no step: a signal ends it at once, with nothing to be saved.
+
+    Raises:
+        Stopped: a signal arrived.
+    """
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise _Interrupted
+
+    with _heard(interrupt):
+        try:
+            yield
+        except _Interrupted:
+            raise own(Stopped("stopped by a signal outside the steps; start again with --resume")) from None
+
+
+@contextmanager
+def _heard(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """Give the signals to a handler; a hang-up that is ignored, as under nohup, stays so."""
+    heard = [s for s in SIGNALS if s != signal.SIGHUP or signal.getsignal(s) != signal.SIG_IGN]
+    before = {number: signal.signal(number, handler) for number in heard}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 def _no_mark(phase: str) -> None:

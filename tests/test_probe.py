@@ -237,8 +237,7 @@ def test_baselines_end_at_a_signal(colored):
     trainer = trainer_of(recipe)
     consensus = dist.consensus(trainer.world)
     consensus.asked_to_stop = True
-    indices = trainer.indices
-    assert evals._baselines(recipe.evals[0], trainer.method, recipe, indices, trainer.world, consensus) is None
+    assert evals.run(recipe.evals[0], trainer.method, recipe, trainer.indices, trainer.world) is None
 
 
 def test_pixels_are_averaged_down():

@@ -16,7 +16,7 @@ from engine.train import Trainer
 from loaders import DataError
 from models import methods
 from models.weights import WeightsError
-from tests.processes import PATIENCE, run_ranks, start_process
+from tests.processes import PATIENCE, rank_environment, run_ranks, start_process
 from tests.runs import assert_same_run, differences, in_float64, last_state, open_loader, prepare, rows, run, trainer_of
 from tests.tiny import RECIPE_IDS, RECIPES, ROOT, distinct, full_depth, of_each_method, tiny
 
@@ -423,7 +423,8 @@ def test_knn_takes_the_recipes_neighbors_temperature_and_bank(tmp_path, monkeypa
 def test_ranks_wait_as_long_as_the_recipe_says(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(dist.dist, "init_process_group", lambda *a, **k: asked.append(k["timeout"].total_seconds()))
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in rank_environment(2)[0].items():
+        monkeypatch.setenv(name, value)
     recipe = tiny("quick/supervised.yaml", tmp_path, "run.timeout_seconds=77")
     dist.start(recipe.run.device, recipe.run.timeout_seconds)
     assert asked == [77]

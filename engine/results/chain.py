@@ -37,7 +37,7 @@ class Run(NamedTuple):
         if newest is None:
             return False
         state = checkpoint.load(newest)
-        return state["step"] == state["total_steps"]
+        return state["step"] == state["total_steps"] and not state.get("due_evals")
 
 
 class Chain(NamedTuple):
