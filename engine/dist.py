@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
+import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -138,12 +139,15 @@ def _join(device: torch.device, timeout_seconds: int) -> None:
     joins.join()
     _left = True
     for error in failed:
-        said = first_line(error)[:200]
-        remedy = "start all ranks with the address of rank 0's machine"
+        said, address, port = first_line(error)[:200].rstrip("."), os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+        remedy = "start all ranks, with the address of rank 0's machine and a port that is free there"
         if "EADDRINUSE" in said:
             remedy = "set a MASTER_PORT that is free"
-        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise own(MachineError(f"the ranks do not meet at {where}: {said}; {remedy}, or use torchrun")) from None
+        try:  # only now: a name may come into being while the ranks wait
+            socket.getaddrinfo(address, None)
+        except OSError as unknown:
+            said, remedy = str(unknown), "set a MASTER_ADDR that this machine knows"
+        raise own(MachineError(f"the ranks do not meet at {address}:{port}: {said}; {remedy}, or use torchrun"))
 
 
 _consensus: Consensus | None = None  # of the process group, and like it one for the process

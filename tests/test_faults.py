@@ -1,18 +1,27 @@
 """What goes wrong around the steps: evaluations, disks, streams, signals, launchers. A run loses nothing by it."""
 
+import contextlib
+import errno
 import json
+import os
+import resource
+import signal
+import socket
+import sys
 
 import numpy as np
 import pytest
 import torch
 
-from engine import dist, evals
-from engine.errors import MachineError
+from engine import accelerator, dist, evals, train
+from engine.errors import MachineError, RecipeError, Stopped, reports
+from engine.log import RunLog, _line, logger, rate, to_console
 from engine.results.chain import Run
+from engine.schedules import Horizon
 from engine.train import Trainer
 from loaders import DataError, LoaderError
 from tests.images import write_tree
-from tests.processes import run_ranks
+from tests.processes import PATIENCE, run_ranks, start_process, train_main
 from tests.runs import assert_same_run, last_state, rows, run, trainer_of
 from tests.tiny import ROOT, tiny, tiny_overrides
 
@@ -207,3 +216,312 @@ def test_knn_votes_as_in_float64(temperature):
         nearest = np.argsort(-row)[:20]
         votes = np.bincount(label[nearest], np.exp(row[nearest] / temperature - row.max() / temperature), 4)
         assert got[i] == votes.argmax()
+
+
+# ------------------------------------------------------------------------------------------------ what is logged
+
+
+def curve(recipe, tag):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(recipe.folder / "tensorboard"))
+    board.Reload()
+    return [point.step for point in board.Scalars(tag)]
+
+
+def ends_in_step(monkeypatch, number):
+    honest = Trainer.step
+
+    def step(self, batches):
+        if self.steps_done + 1 == number:
+            raise KeyboardInterrupt
+        return honest(self, batches)
+
+    monkeypatch.setattr(Trainer, "step", step)
+
+
+def test_curves_have_no_points_of_before(tmp_path, monkeypatch):
+    recipe = tiny(SUPERVISED, tmp_path, "evals=[]", "run.duration=5it", "run.save_every=3it")
+    for number, options in ((3, {}), (5, {"resume": True})):  # before the first checkpoint, and after it
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            ends_in_step(patch, number)
+            run(recipe, **options)
+        assert curve(recipe, "train/loss") == list(range(1, number))
+    run(recipe, resume=True)
+    assert curve(recipe, "train/loss") == [row["step"] for row in rows(recipe)] == [1, 2, 3, 4, 5]
+
+
+def logs_over_a_full_disk(folder):
+    folder.mkdir()
+    horizon, said = Horizon(9, 9, 1), []
+    logger.warning = said.append
+    rows = open(folder / "metrics.jsonl", "ab", buffering=0)
+    log = RunLog(folder, rows, horizon, 0)
+    to_console(is_main=False)
+
+    def flush():
+        with contextlib.suppress(OSError):
+            if log._board:
+                log._board.flush()
+
+    for step in range(1, 7):
+        log.row(step, {"loss": 1.0 * step})
+        flush()
+        if step == 2:  # room for some bytes of a row, or of a point, more
+            sizes = [path.stat().st_size for path in (folder / "metrics.jsonl", *(folder / "tensorboard").iterdir())]
+            resource.setrlimit(resource.RLIMIT_FSIZE, (min(sizes) + 7, resource.RLIM_INFINITY))
+        if step == 4:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    log.close()
+    (folder / "said.json").write_text(json.dumps(said))
+
+
+def test_rows_and_points_come_again_after_a_full_disk(tmp_path):
+    process = start_process(logs_over_a_full_disk, tmp_path / "runs")
+    process.join(PATIENCE)
+    assert process.exitcode == 0
+    written = [json.loads(line) for line in (tmp_path / "runs/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in written] == [1, 2, 5, 6]
+    from types import SimpleNamespace
+
+    steps = curve(SimpleNamespace(folder=tmp_path / "runs"), "train/loss")
+    assert steps[:2] == [1, 2] and steps[-1] == 6
+    said = json.loads((tmp_path / "runs/said.json").read_text())
+    assert said and all("cannot be written: File too large; training continues" in text for text in said)
+
+
+def without_streams(folder, how):
+    path = ROOT / "recipes" / SUPERVISED
+    if how == "closed":
+        for number, name in enumerate(("stdin", "stdout", "stderr")):
+            os.close(number)
+            setattr(sys, name, None)
+    else:
+        if how == "broken":
+            end, write = os.pipe()
+            os.close(end)
+        else:
+            write = os.open("/dev/full", os.O_WRONLY)
+        for number, name in ((1, "stdout"), (2, "stderr")):
+            os.dup2(write, number)
+            setattr(sys, name, open(number, "w", closefd=False))
+    train_main(str(path), *tiny_overrides(path, folder), "evals=[]", "run.duration=2it", "run.log_every=1it")
+
+
+@pytest.mark.parametrize("how", ["closed", "broken", "full"])
+def test_a_run_needs_no_standard_streams(how, tmp_path):
+    process = start_process(without_streams, tmp_path, how)
+    process.join(PATIENCE)
+    recipe = tiny(SUPERVISED, tmp_path, "evals=[]", "run.duration=2it")
+    assert last_state(recipe)["step"] == 2
+    assert process.exitcode == 0 or how == "full"  # multiprocessing flushes what no disk takes
+    assert [row["step"] for row in rows(recipe)] == [1, 2]
+
+
+def test_a_slow_rate_has_digits():
+    assert [rate(speed) for speed in (0.0123, 0.5, 4.987, 45.67, 123.4, 12345.6)] == [
+        "0.0123", "0.5", "4.99", "45.7", "123", "12346",
+    ]  # fmt: skip
+    assert "0.0123 img/s" in _line(1, Horizon(9, 9, 1), {"images_per_second": 0.0123}, None)
+
+
+# ------------------------------------------------------------------------------------------------ signals
+
+
+@pytest.mark.parametrize("number", train.SIGNALS, ids=lambda number: number.name)
+@pytest.mark.parametrize("place", ["open_indices", "optim.build", "Trainer"])
+def test_a_signal_outside_the_steps_ends_a_run_at_once_in_a_line(number, place, tmp_path, monkeypatch):
+    before = [signal.getsignal(each) for each in train.SIGNALS]
+
+    def interrupted(*_, **__):
+        os.kill(os.getpid(), number)
+        pytest.fail("the signal was not heard")
+
+    monkeypatch.setattr(f"engine.train.{place}", interrupted)
+    recipe = tiny(SUPERVISED, tmp_path)
+    with pytest.raises(Stopped, match="^stopped by a signal outside the steps; start again with --resume$") as caught:
+        run(recipe)
+    assert caught.value.exit_code == 75 and reports(caught.value, 5, 5) and not recipe.folder.exists()
+    assert [signal.getsignal(each) for each in train.SIGNALS] == before
+
+
+def test_a_signal_while_a_finished_run_closes_changes_nothing(tmp_path, monkeypatch):
+    from engine.folder import RunFolder
+
+    honest = RunFolder.close
+    monkeypatch.setattr(RunFolder, "close", lambda self: (os.kill(os.getpid(), signal.SIGTERM), honest(self)))
+    assert run(tiny(SUPERVISED, tmp_path, "evals=[]", "run.duration=1it"))["step"] == 1
+
+
+def test_a_hang_up_that_is_ignored_stays_so(tmp_path, monkeypatch):
+    honest = Trainer.step
+    monkeypatch.setattr(Trainer, "step", lambda self, b: (os.kill(os.getpid(), signal.SIGHUP), honest(self, b))[1])
+    recipe = tiny(SUPERVISED, tmp_path, "evals=[]", "run.duration=2it")
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert run(recipe)["step"] == 2
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_second_interrupt_in_a_step_leaves_at_once(tmp_path, monkeypatch):
+    def step(self, batches):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        pytest.fail("it was not heard")
+
+    monkeypatch.setattr(Trainer, "step", step)
+    recipe = tiny(SUPERVISED, tmp_path, "evals=[]", "run.duration=2it")
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe)
+    train.RunFolder(recipe).close()  # nothing holds it
+
+
+# ------------------------------------------------------------------------------------------------ the launcher
+
+FULL = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Sets what a launcher sets, and nothing else."""
+
+    def launch(**environment):
+        for name in (*FULL, "LOCAL_WORLD_SIZE"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+
+    return launch
+
+
+@pytest.mark.parametrize("missing", FULL)
+def test_a_part_of_torchruns_environment_is_refused_by_name(missing, launched):
+    launched(**{name: value for name, value in FULL.items() if name != missing})
+    with pytest.raises(RecipeError, match=f"{missing} is not set; start with torchrun") as caught:
+        dist.start("cpu", 5)
+    assert reports(caught.value, 1, 1) and "\n" not in str(caught.value)
+    launched(**{missing: FULL[missing]})
+    with pytest.raises(RecipeError) as caught:
+        dist.start("cpu", 5)
+    assert all(f"{name} is not set" in str(caught.value) for name in set(FULL) - {missing})
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"RANK": "abc"}, "RANK=abc is no number"),
+        ({"RANK": "-1"}, "RANK=-1 is no number"),
+        ({"WORLD_SIZE": "1.5"}, "WORLD_SIZE=1.5 is no number"),
+        ({"MASTER_PORT": "http"}, "MASTER_PORT=http is no number"),
+        ({"RANK": "1"}, "RANK=1 is not below WORLD_SIZE=1"),
+        ({"WORLD_SIZE": "0"}, "RANK=0 is not below WORLD_SIZE=0"),
+        ({"LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "2"}, "LOCAL_RANK=2 is not below LOCAL_WORLD_SIZE=2"),
+        ({"RANK": ""}, "RANK is not set"),
+    ],
+)
+def test_an_environment_that_makes_no_sense_is_refused(changes, said, launched):
+    launched(**{**FULL, **changes})
+    with pytest.raises(RecipeError, match=said):
+        dist.start("cpu", 5)
+    assert dist.environment_rank() in (0, 1)  # asked before: it fails for nothing
+
+
+def test_without_a_launcher_or_under_sruns_alone_a_run_is_alone(launched, monkeypatch):
+    launched()
+    monkeypatch.setenv("SLURM_PROCID", "3")
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    assert dist.start("cpu", 5)[:4] == (0, 1, 0, 1)
+
+
+def test_ranks_that_do_not_meet_are_one_line(launched, monkeypatch):
+    with socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True) as taken:
+        port = str(taken.getsockname()[1])
+        launched(**{**FULL, "MASTER_PORT": port})
+        with pytest.raises(
+            MachineError, match=f"do not meet at 127.0.0.1:{port}: .*set a MASTER_PORT that is free"
+        ) as caught:
+            dist.start("cpu", 5)
+    assert reports(caught.value, 3, 3) and "\n" not in str(caught.value)
+
+    def never(*_, **__):
+        raise torch.distributed.DistNetworkError("The client socket has timed out after 5000ms.\nException raised from")
+
+    monkeypatch.setattr(dist.dist, "init_process_group", never)
+    for address, remedy in (
+        ("127.0.0.1", "start all ranks"),
+        ("nowhere.invalid", "set a MASTER_ADDR that this machine"),
+    ):
+        launched(**{**FULL, "MASTER_ADDR": address})
+        with pytest.raises(MachineError, match=remedy) as caught:
+            dist.start("cpu", 5)
+        assert caught.value.exit_code == 6 and "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------ the machine
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EMFILE, "Too many open files", "a.jpg"),
+        OSError(errno.EIO, "Input/output error"),
+        BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"),
+        RuntimeError("can't start new thread"),
+        RuntimeError("unable to open shared memory object: Too many open files (24)"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("step", [0, 1])
+def test_what_the_machine_refuses_is_one_line_and_the_run_is_saved(error, step, tmp_path, monkeypatch):
+    honest, calls = Trainer.step, []
+
+    def refused(self, batches):
+        calls.append(1)
+        if len(calls) > step:
+            raise error
+        return honest(self, batches)
+
+    monkeypatch.setattr(Trainer, "step", refused)
+    recipe = tiny(SUPERVISED, tmp_path, "evals=[]", "run.save_every=100it")
+    with pytest.raises(MachineError) as caught:
+        run(recipe)
+    assert str(error) in str(caught.value) and "start again with --resume" in str(caught.value)
+    assert (last_state(recipe)["step"] if step else 0) == step
+
+
+@pytest.mark.parametrize("place", ["open_indices", "RunFolder", "loaders.open_train"])
+def test_what_the_machine_refuses_before_the_steps_is_one_line(place, tmp_path, monkeypatch):
+    def refused(*_, **__):
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(f"engine.train.{place}", refused)
+    with pytest.raises(MachineError, match="Cannot allocate memory; see to it and start again"):
+        run(tiny(SUPERVISED, tmp_path, "evals=[]"))
+
+
+def test_a_run_keeps_its_number_of_cpu_threads(tmp_path, monkeypatch, caplog):
+    def on(cores, duration, **environment):
+        caplog.clear()
+        with monkeypatch.context() as patch:
+            patch.delenv("OMP_NUM_THREADS", raising=False)
+            patch.setattr(accelerator.machine, "cores", lambda: cores)
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            recipe = tiny(SUPERVISED, tmp_path, "evals=[]", f"run.duration={duration}it")
+            state = run(recipe, resume=True, allow_changes=True)
+        return state["threads"], [text for text in caplog.messages if "CPU threads" in text]
+
+    threads = torch.get_num_threads()
+    try:
+        assert on(2, 1) == (2, [])
+        assert on(4, 2) == (2, [])
+        changed, said = on(1, 3)
+        assert changed == 1 and said == [
+            "resumed differently: the run had 2 CPU threads, and has 1 now, because this machine gives it 1 cores: "
+            "numbers differ in rounding"
+        ]
+        changed, said = on(4, 4, OMP_NUM_THREADS="3")
+        assert changed == 3 and "by OMP_NUM_THREADS: numbers differ in rounding; set OMP_NUM_THREADS=1" in said[0]
+    finally:
+        torch.set_num_threads(threads)
