@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import re
+from pathlib import Path
 
 import torch
 
@@ -23,6 +25,10 @@ _CONTEXT = 1 << 30
 def fault(error: BaseException, recipe: Recipe, device: torch.device) -> MachineError | None:
     """What an error says about the machine, in one line; None where it says nothing."""
     said = first_line(error)
+    if damaged := _damaged_code(error):
+        for file in damaged.parent.glob(f"{damaged.name.split('.')[0]}*"):
+            file.unlink(missing_ok=True)
+        return MachineError(f"{damaged}: damaged code in the compiler's cache, now removed; start again with --resume")
     if _is_out_of_memory(error):
         return OutOfMemory(f"{device}: out of memory with data.micro_batch {recipe.data.micro_batch}")
     if is_lost(error):
@@ -32,6 +38,16 @@ def fault(error: BaseException, recipe: Recipe, device: torch.device) -> Machine
     if dist.is_connection(error):
         return LostRank(f"another rank is gone, and with it the connection ({said[:160]}); its own log says why")
     return None
+
+
+def _damaged_code(error: BaseException) -> Path | None:
+    """The file of the compiler's cache that cannot be loaded: a run may have been killed while it wrote it."""
+    found = re.search(r"(?m)(?:^|Failed to import )(/\S+\.(?:so(?=: )|py$))", str(error))
+    if found is None:
+        return None
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return Path(found[1]) if found[1].startswith(f"{cache_dir()}/") else None
 
 
 _EXHAUSTED = (

@@ -414,6 +414,56 @@ def test_trouble_of_one_rank_before_the_first_step_ends_all(tmp_path):
     assert "Traceback" not in said
 
 
+class SignalAtTheStart:
+    """A signal to some ranks while they index; the others wait for them in a collective."""
+
+    def __init__(self, number, ranks):
+        self.number, self.ranks = number, ranks
+
+    def __call__(self, rank):
+        if rank in self.ranks:
+            honest = train.open_indices
+
+            def interrupted(*arguments):
+                os.kill(os.getpid(), self.number)
+                return honest(*arguments)
+
+            train.open_indices = interrupted
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "ranks"), [(signal.SIGTERM, [0, 1]), (signal.SIGINT, [1]), (signal.SIGHUP, [0])])
+def test_a_signal_before_the_steps_ends_all_ranks_with_one_line(number, ranks, tmp_path):
+    codes, said = run_with(tmp_path, SignalAtTheStart(number, ranks))
+    assert codes == [75, 75] and said.count("stopped by a signal") == 1 and "Traceback" not in said, said
+
+
+class SaysThatItWaits:
+    def __init__(self, path):
+        self.path = path
+
+    def __call__(self, rank):
+        honest = torch.distributed.init_process_group
+
+        def join(*arguments, **options):
+            self.path.touch()
+            honest(*arguments, **options)
+
+        torch.distributed.init_process_group = join
+
+
+def test_a_rank_that_waits_for_others_hears_a_signal(tmp_path):
+    waits = SaysThatItWaits(tmp_path / "waits")
+    overrides = [f"run.timeout_seconds={4 * PATIENCE}"]
+    process = start_process(main_of_rank, tmp_path, waits, overrides, **rank_environment(2)[0])
+    while not waits.path.exists() and process.is_alive():
+        time.sleep(0.1)
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(PATIENCE)
+    assert process.exitcode == 75
+    assert (tmp_path / "said0").read_text() == "stopped by a signal outside the steps; start again with --resume\n"
+
+
 def test_nothing_is_saved_before_the_first_step(tmp_path, monkeypatch):
     monkeypatch.setattr("loaders.Loader.__next__", train.loaders.Loader.__next__)
     break_loader(1, DataError("a/b.jpg: cannot be decoded"))

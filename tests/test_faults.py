@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from engine import accelerator, dist, evals, train
+from engine import accelerator, dist, evals, faults, train
+from engine import recipe as recipes
 from engine.errors import MachineError, RecipeError, Stopped, reports
 from engine.log import RunLog, _line, logger, rate, to_console
 from engine.results.chain import Run
@@ -525,3 +526,48 @@ def test_a_run_keeps_its_number_of_cpu_threads(tmp_path, monkeypatch, caplog):
         assert changed == 3 and "by OMP_NUM_THREADS: numbers differ in rounding; set OMP_NUM_THREADS=1" in said[0]
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "is_damaged"),
+    [
+        ("ab/cabc.main.so", "{}: cannot read file data", True),
+        ("ab/cabc.main.so", "{}: file too short", True),
+        (
+            "ab/cabc.py",
+            "backend='inductor' raised:\nRuntimeError: Failed to import {}\nSyntaxError: '(' was never closed",
+            True,
+        ),
+        ("ab/cabc.main.cpp", "CppCompileError: C++ compile error\n\nCommand:\ng++ {}", False),
+        ("ab/cabc.py", "AssertionError: wrong stride in {}:12", False),
+    ],
+)
+@pytest.mark.parametrize("kind", [ImportError, RuntimeError])
+def test_damaged_code_of_the_compiler_is_removed_for_the_next_start(
+    kind, name, text, is_damaged, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    (tmp_path / "ab").mkdir()
+    files = [tmp_path / name, (tmp_path / name).with_suffix(".lock"), tmp_path / "ab/cother.so"]
+    for file in files:
+        file.write_text("garbage")
+    known = faults.fault(kind(text.format(files[0])), tiny(SUPERVISED, tmp_path), torch.device("cpu"))
+    assert [file.exists() for file in files] == [not is_damaged, not is_damaged, True]
+    assert not is_damaged or str(known) == (
+        f"{files[0]}: damaged code in the compiler's cache, now removed; start again with --resume"
+    )
+
+
+@pytest.mark.parametrize(
+    ("recipe", "refused"),
+    [("burn_stage1.yaml", True), ("byol.yaml", True), ("quick/supervised.yaml", False)],
+)
+def test_a_micro_batch_of_one_image(recipe, refused, tmp_path):
+    single = tiny(recipe, tmp_path, "data.micro_batch=1", "data.batch_size=2", "evals=[]", "run.duration=1it")
+    if not refused:
+        assert run(single)["step"] == 1
+        return
+    with pytest.raises(RecipeError, match="^data.micro_batch: 1, but BatchNorm of method .* set data.micro_batch to 2"):
+        run(single)
+    assert not single.folder.exists()
+    recipes.check_micro_batch(single, 2)  # over ranks it has more

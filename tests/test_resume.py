@@ -77,6 +77,19 @@ def test_a_longer_run_says_where_the_rate_jumps_and_keeps_its_recipe(tmp_path, c
     assert "jumps" not in caplog.text and not (after.folder / "before_step_8").exists()
 
 
+def test_a_run_that_has_gone_further_than_its_recipe_is_refused(tmp_path):
+    run(tiny(QUICK, tmp_path, "run.duration=4it", "evals=[]"))
+    for duration, refused in (("3it", True), ("1ep", True), ("4it", False)):  # an epoch is 2.5 steps
+        recipe = tiny(QUICK, tmp_path, f"run.duration={duration}", "evals=[]")
+        if refused:
+            with pytest.raises(
+                RecipeError, match=rf"^run\.duration={duration} is \d steps, and .*-000000004-.* has gone 4; "
+            ):
+                run(recipe, resume=True, allow_changes=True)
+        else:
+            assert run(recipe, resume=True)["step"] == 4
+
+
 def test_evaluations_and_the_back_end_are_free(tmp_path, tree, caplog):
     caplog.set_level("INFO", "burn")
     files = ["data.backend=folder", "data.options={}", f"data.train={tree}", "data.workers=0", "method.num_classes=3"]
@@ -192,6 +205,15 @@ def test_another_network_is_refused_in_one_line(change, tmp_path):
     classes = "data.options.num_classes=5" if "classes" in change else "seed=0"
     other = tiny(QUICK, tmp_path, "evals=[]", "run.duration=2it", change, classes)
     with pytest.raises(CheckpointError, match="of another network than the recipe: .*size mismatch") as caught:
+        trainer_of(other, resume=True, allow_changes=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_another_method_is_refused_in_one_line(tmp_path):
+    before = tiny(QUICK, tmp_path, "evals=[]", "run.duration=1it")
+    run(before)
+    other = tiny("quick/moco.yaml", tmp_path, f"name={before.name}", "evals=[]", "run.duration=2it")
+    with pytest.raises(CheckpointError, match="of another network than the recipe: Missing key") as caught:
         trainer_of(other, resume=True, allow_changes=True)
     assert "\n" not in str(caught.value)
 
