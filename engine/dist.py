@@ -125,6 +125,8 @@ def _join(device: torch.device, timeout_seconds: int) -> None:
 
     def join() -> None:
         try:
+            if device.type == "cuda":
+                torch.cuda.set_device(device)  # each thread has its own
             dist.init_process_group(
                 "nccl" if device.type == "cuda" else "gloo",
                 timeout=timedelta(seconds=timeout_seconds),

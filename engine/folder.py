@@ -125,8 +125,7 @@ class RunFolder:
                             evaluated.append(row["evaluation"])
                     except (ValueError, KeyError, TypeError):
                         pass  # the last line of a run that was killed while writing it
-            _write(path, "".join(line + "
-" for line in kept))
+            _write(path, "".join(line + "\n" for line in kept))
             return open(path, "ab", buffering=0), evaluated
 
     def list_bad_images(self, bad: dict[str, str]) -> None:

@@ -52,7 +52,7 @@ def _say_of_a_thread(arguments: threading.ExceptHookArgs) -> None:
         threading.__excepthook__(arguments)
 
 
-class _Lines(logging.StreamHandler[TextIO]):
+class _Lines(logging.StreamHandler):
     """Lines on a stream, dropped where it takes none."""
 
     def handleError(self, record: logging.LogRecord) -> None:

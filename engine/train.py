@@ -722,7 +722,7 @@ def _heard(handler: Callable[[int, Any], None]) -> Iterator[None]:
         yield
     finally:
         for number, old in before.items():
-            signal.signal(number, old)
+            signal.signal(number, old or signal.SIG_DFL)
 
 
 def _no_mark(phase: str) -> None:

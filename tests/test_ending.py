@@ -1,5 +1,6 @@
 """How a run ends: on all ranks, with one reason, in time, and with what was trained so far saved."""
 
+import errno
 import os
 import re
 import shutil
@@ -312,6 +313,8 @@ class Trouble:
             break_loader(5, LoaderError("data.backend=dali: DALI fails, and not for an image: no libnvjpeg"))
         elif self.what == "image" and rank == self.rank:
             break_loader(5, DataError("a/b.jpg: cannot be decoded"))
+        elif self.what == "disk" and rank == self.rank:
+            break_loader(5, OSError(errno.EIO, "Input/output error", "a/b.jpg"))
         elif self.what == "bug" and rank == self.rank:
             break_loader(5, KeyError("nobody thought of this"))
 
@@ -343,6 +346,7 @@ LINES = {
     "memory": (6, r"^error: cpu: out of memory with data.micro_batch 4; [\d.]+ GiB are counted"),
     "decoder": (6, r"^error: data.backend=dali: DALI fails"),
     "image": (2, r"^error: a/b.jpg: cannot be decoded"),
+    "disk": (6, r"^error: \[Errno 5\] Input/output error: 'a/b.jpg'; see to it and start again with --resume$"),
     "bug": (1, r"^KeyError: 'nobody thought of this'"),
     "killed": (6, r"^error: another rank is gone"),
 }
@@ -351,7 +355,7 @@ LINES = {
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "rank"),
-    [("memory", 0), ("memory", 1), ("decoder", 0), ("image", 1), ("bug", 1), ("killed", 0), ("killed", 1)],
+    [("memory", 0), ("memory", 1), ("decoder", 0), ("image", 1), ("disk", 1), ("bug", 1), ("killed", 0), ("killed", 1)],
 )
 def test_trouble_on_one_rank_ends_all_and_loses_nothing(what, rank, tmp_path, whole):
     # reliability.md 18
@@ -421,6 +425,7 @@ class SignalAtTheStart:
         self.number, self.ranks = number, ranks
 
     def __call__(self, rank):
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
         if rank in self.ranks:
             honest = train.open_indices
 

@@ -332,6 +332,7 @@ def test_a_slow_rate_has_digits():
 @pytest.mark.parametrize("number", train.SIGNALS, ids=lambda number: number.name)
 @pytest.mark.parametrize("place", ["open_indices", "optim.build", "Trainer"])
 def test_a_signal_outside_the_steps_ends_a_run_at_once_in_a_line(number, place, tmp_path, monkeypatch):
+    under_nohup = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     before = [signal.getsignal(each) for each in train.SIGNALS]
 
     def interrupted(*_, **__):
@@ -344,6 +345,7 @@ def test_a_signal_outside_the_steps_ends_a_run_at_once_in_a_line(number, place, 
         run(recipe)
     assert caught.value.exit_code == 75 and reports(caught.value, 5, 5) and not recipe.folder.exists()
     assert [signal.getsignal(each) for each in train.SIGNALS] == before
+    signal.signal(signal.SIGHUP, under_nohup)
 
 
 def test_a_signal_while_a_finished_run_closes_changes_nothing(tmp_path, monkeypatch):

@@ -30,6 +30,7 @@ def fit(folder, overrides=(), resume=True):
 
 def slowed(folder, overrides=(), seconds=0.05):
     """`fit` with steps that last, so that a signal falls inside one."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
     from engine.train import Trainer
 
     step = Trainer.step

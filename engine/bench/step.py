@@ -34,7 +34,7 @@ from engine.bench.clock import (
 from engine.bench.variants import Resident, Variant, gate, half_way, variants
 from engine.dist import World
 from engine.errors import first_line
-from engine.log import duration, logger
+from engine.log import duration, logger, rate
 from engine.provenance import environment
 from engine.recipe import Recipe
 from engine.train import Trainer
