@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -36,6 +36,14 @@ CLAIM = 2.0
 _POLL = 0.25
 _KEY = "ending"
 _FLAG = 1 << 20  # a meeting is one number: ranks that have come, and of them those that ask to stop and that are bad
+
+
+def exit_now(code: int) -> NoReturn:
+    """End the process, whatever its threads and devices do and whether anyone reads what it says."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # broken, closed, none
+            stream.flush()
+    os._exit(code)
 
 
 class Ending(NamedTuple):
@@ -329,9 +337,7 @@ class Consensus:
     def _force(self) -> None:
         if self._closed.wait(DEADLINE) or (self._is_saving and self._closed.wait(SAVING)):
             return
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(self.ending.code if self.ending else 1)
+        exit_now(self.ending.code if self.ending else 1)
 
     def _lost(self) -> Ending:
         # torchrun's agent holds the store; started by hand, rank 0 does, and the next one speaks.

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from engine import accelerator
-from engine.consensus import Consensus
+from engine.consensus import Consensus, exit_now
 from engine.errors import (
     KNOWN,
     Ended,
@@ -249,9 +249,7 @@ def leave(main: Callable[[], int]) -> NoReturn:
         code = error.code if isinstance(error.code, int) else 2
     if _left:
         sys.exit(code)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    exit_now(code)
 
 
 def gather_objects(mine: Any) -> list[Any]:

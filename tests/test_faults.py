@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine import accelerator, dist, evals, faults, train
+from engine import accelerator, consensus, dist, evals, faults, train
 from engine import recipe as recipes
 from engine.errors import MachineError, RecipeError, Stopped, reports
 from engine.log import RunLog, _line, logger, rate, to_console
@@ -317,6 +317,20 @@ def test_a_run_needs_no_standard_streams(how, tmp_path):
     assert last_state(recipe)["step"] == 2
     assert process.exitcode == 0 or how == "full"  # multiprocessing flushes what no disk takes
     assert [row["step"] for row in rows(recipe)] == [1, 2]
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError, OSError, ValueError, None])
+def test_a_process_ends_though_nobody_reads_what_it_says(error, monkeypatch):
+    class Stream:
+        def flush(self):
+            raise error
+
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, Stream() if error else None)
+    left = []
+    monkeypatch.setattr(consensus.os, "_exit", left.append)
+    consensus.exit_now(6)
+    assert left == [6]
 
 
 def test_a_slow_rate_has_digits():
