@@ -310,8 +310,8 @@ def _line(step: int, horizon: Horizon, scalars: dict[str, Any], evaluation: str 
 
 
 def rate(images_per_second: float) -> str:
-    """Images per second with three digits or all whole ones."""
-    return f"{images_per_second:.0f}" if images_per_second >= 100 else f"{images_per_second:.3g}"
+    """Images per second, with digits enough to compare them."""
+    return f"{images_per_second:,.0f}" if images_per_second >= 100 else f"{images_per_second:.3g}"
 
 
 def duration(seconds: float) -> str:

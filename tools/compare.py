@@ -25,10 +25,9 @@ from queue import Empty, Queue
 import _root
 import torch
 
-from engine.bench.clock import rate
 from engine.errors import RecipeError, Stopped, guarded, line
 from engine.folder import is_held
-from engine.log import duration
+from engine.log import duration, rate
 from engine.provenance import environment
 from engine.recipe import Recipe
 from engine.results import figures, runs, scores, table

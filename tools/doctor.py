@@ -30,8 +30,8 @@ from engine import accelerator, dist
 from engine import recipe as recipes
 from engine.bench import loader as loader_bench
 from engine.bench import step as step_bench
-from engine.bench.clock import rate
 from engine.errors import first_line, guarded, line
+from engine.log import rate
 from engine.preflight import missing
 from engine.recipe import Recipe
 from loaders import machine

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from engine.log import duration, logger
+from engine.log import duration, logger, rate
 
 WARM_UP = 6  # batches, more than any back end prefetches per worker and enough to get past its first ones
 MOST_NOISE = 0.2
@@ -212,11 +212,6 @@ def quantiles(values: Sequence[float]) -> dict[str, float]:
     ranked = sorted(values)
     last = len(ranked) - 1
     return {"median": median(ranked), "p10": ranked[round(0.1 * last)], "p90": ranked[round(0.9 * last)]}
-
-
-def rate(images_per_second: float) -> str:
-    """A speed with digits enough to compare it."""
-    return f"{images_per_second:,.0f}" if images_per_second >= 100 else f"{images_per_second:.3g}"
 
 
 def rate_range(speeds: Sequence[float]) -> str:

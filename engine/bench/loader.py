@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 import loaders
-from engine.bench.clock import MOST_NOISE, Candidate, Progress, interleave, rate, rate_range
+from engine.bench.clock import MOST_NOISE, Candidate, Progress, interleave, rate_range
+from engine.log import rate
 from engine.provenance import environment
 from engine.recipe import Recipe
 from loaders import Index, core, turbo

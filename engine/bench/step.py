@@ -29,7 +29,6 @@ from engine.bench.clock import (
     cpu_seconds,
     median_range,
     quantiles,
-    rate,
 )
 from engine.bench.variants import Resident, Variant, gate, half_way, variants
 from engine.dist import World
