@@ -2,6 +2,7 @@
 
 import gc
 import io
+import json
 import multiprocessing
 import os
 import subprocess
@@ -182,6 +183,21 @@ def test_odd_forms_have_the_same_pixels_everywhere(backend, tmp_path):
     for (rows, a), (others, b) in zip(seen["folder"], seen[backend], strict=True):
         assert rows == others
         assert not rows or float((a - b).abs().mean(dim=(1, 2, 3)).max()) * 255 * 0.225 < 2
+
+
+def test_the_scan_lists_damage_that_libjpeg_fills_in(tmp_path, monkeypatch):
+    if core.why_missing():
+        pytest.skip("the compiled core was not built")
+    folder = tmp_path / "data" / "class"
+    folder.mkdir(parents=True)
+    content = bytearray(jpeg(Image.fromarray(picture(5, 60, 80))))
+    (folder / "sound.jpg").write_bytes(content)
+    content[len(content) // 2 : -2] = b""  # half of it, and its end
+    (folder / "half.jpg").write_bytes(content)
+    monkeypatch.setattr(sys, "argv", ["scan_images.py", str(tmp_path / "data"), "--report", str(tmp_path / "scan")])
+    assert tool("scan_images").main() == 0
+    report = json.loads((tmp_path / "scan" / "report.json").read_text())
+    assert report["odd"] == {"class/half.jpg": ["damaged data: a part of it may be gray or shifted"]}
 
 
 # ------------------------------------------------------------------------------------------------ single formats

@@ -32,7 +32,7 @@ from engine.errors import guarded
 from engine.results.runs import write_json
 from loaders import Index, core, machine, turbo
 from loaders.config import Request
-from loaders.decode import jpeg_frame
+from loaders.decode import FORMATS, jpeg_frame
 from loaders.errors import BadImage
 from loaders.files import check_writable
 from loaders.sources import open_index
@@ -60,23 +60,25 @@ class Scanner:
 
     def __call__(self, rows: list[int]) -> list[tuple[int, str, list[str], bytes]]:
         """For each row: why it cannot be used or "", what is odd about it, and a hash of its bytes."""
-        decoded = set()
+        status = [-1] * len(rows)
         if self._has_core:  # several times faster than decoding for real; what it gives up is decoded for real
             job = turbo.Job(self.index, np.array(rows))
             job.run_alone()
-            decoded = {row for row, status in zip(rows, job.status.tolist(), strict=True) if status == turbo.DONE}
-        return [self._look(row, row in decoded) for row in rows]
+            status = job.status.tolist()
+        return [self._look(row, found) for row, found in zip(rows, status, strict=True)]
 
-    def _look(self, row: int, decodes: bool) -> tuple[int, str, list[str], bytes]:
+    def _look(self, row: int, status: int) -> tuple[int, str, list[str], bytes]:
         index = self.index
         problem, odd, digest = "", [], b""
         try:
-            if not decodes:
+            if status not in (turbo.DONE, turbo.WARNED):
                 index.read(row)
             content = index.content(row)
             if self.duplicates:
                 digest = hashlib.blake2b(content, digest_size=16).digest()
             odd = self._oddities(row, content)
+            if status == turbo.WARNED:
+                odd.append("damaged data: a part of it may be gray or shifted")
         except BadImage as error:
             problem = str(error)
         return row, problem, odd, digest
@@ -92,7 +94,7 @@ class Scanner:
             found.append("CMYK")
         if format not in ("", "RAW") and (not frame or b"Exif\0" in content):
             try:
-                with Image.open(BytesIO(content)) as image:
+                with Image.open(BytesIO(content), formats=FORMATS) as image:
                     turn = image.getexif().get(ExifTags.Base.Orientation, 1)
                     if turn in range(2, 9):
                         found.append(f"EXIF orientation {turn} is not applied")
