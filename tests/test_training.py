@@ -135,11 +135,11 @@ def test_resume_is_exact(path, tmp_path):
 def test_resume_from_every_step(tmp_path):
     # reliability.md 3
     recipe = tiny(
-        "quick/burn_stage2.yaml", tmp_path / "whole", "run.duration=12it", "run.save_every=1it", "run.log_every=5it",
+        "quick/burn_stage2.yaml", tmp_path / "whole", "run.duration=24it", "run.save_every=1it", "run.log_every=5it",
         "evals.0.every=5it", "data.options.num_images=36", "data.batch_size=8", "data.micro_batch=4",
     )  # fmt: skip
     run(recipe)
-    for step in range(1, 12):
+    for step in range(1, 24):
         again = cut(recipe, tmp_path / f"cut{step}", step)
         run(again, resume=True)
         assert_same_run(recipe, again)
