@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import itertools
 import json
@@ -186,8 +185,7 @@ def _written(path: Path) -> Iterator[None]:
 def is_held(folder: Path) -> bool:
     """Whether another process is running in a run folder."""
     try:
-        with open(folder / ".lock", "r+") as lock:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        return error.errno in (errno.EACCES, errno.EAGAIN)
-    return False
+        with open(folder / ".lock", "r+") as file:
+            return not lock(file.fileno(), fcntl.lockf)
+    except OSError:  # nobody was there, or there are no locks
+        return False

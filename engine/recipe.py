@@ -323,27 +323,6 @@ def _cross_check(recipe: Recipe) -> dict[str, str]:
     return wrong
 
 
-def check_micro_batch(recipe: Recipe, world_size: int) -> None:
-    """Try a single image on the meta device, where BatchNorm may want more.
-
-    Raises:
-        RecipeError: `data.micro_batch` is 1, there are no other ranks, and a BatchNorm would see one value per channel.
-    """
-    if recipe.data.micro_batch * world_size > 1:
-        return
-    method = methods.on_meta(recipe.method).train()
-    views = [torch.empty(1, 3, view.size, view.size, device="meta") for view in recipe.data.views]
-    values = {name: torch.zeros((), device="meta") for name in recipe.method.schedules}
-    try:
-        method(views, torch.zeros(1, dtype=torch.int64, device="meta"), values)
-    except (ValueError, RuntimeError, NotImplementedError) as error:  # behind the networks, not all can run there
-        if "more than 1 value per channel" in str(error):
-            raise RecipeError(
-                f"data.micro_batch: 1, but BatchNorm of method {recipe.method.name} cannot train on a single image; "
-                "set data.micro_batch to 2 or more"
-            ) from None
-
-
 def micro_steps(recipe: Recipe, world_size: int) -> int:
     """Accumulation steps on `world_size` ranks.
 

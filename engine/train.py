@@ -39,7 +39,7 @@ from engine.folder import RunFolder
 from engine.log import Clock, Meter, RunLog, duration, logger
 from engine.monitors import IMAGES, Monitors
 from engine.provenance import versions
-from engine.recipe import Recipe, check_micro_batch, micro_steps
+from engine.recipe import Recipe, micro_steps
 from engine.resume import (
     check_identity,
     free_changes,
@@ -143,7 +143,6 @@ class Trainer:
     def __init__(self, recipe: Recipe, world: World, *, resume: bool = False, allow_changes: bool = False) -> None:
         self.recipe, self.world = recipe, world
         self.micro_steps = micro_steps(recipe, world.world_size)
-        check_micro_batch(recipe, world.world_size)
         self.indices = open_indices(recipe, world)
         self.horizon = Horizon.of(recipe.run.duration, len(self.indices["train"]), recipe.data.batch_size)
         self.steps_done, self.stream_version = 0, loaders.STREAM_VERSION

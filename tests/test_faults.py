@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from engine import accelerator, consensus, dist, evals, faults, train
-from engine import recipe as recipes
 from engine.errors import MachineError, RecipeError, Stopped, reports
 from engine.log import RunLog, _line, logger, rate, to_console
 from engine.results.chain import Run
@@ -576,18 +575,3 @@ def test_damaged_code_of_the_compiler_is_removed_for_the_next_start(
     assert not is_damaged or str(known) == (
         f"{files[0]}: damaged code in the compiler's cache, now removed; start again with --resume"
     )
-
-
-@pytest.mark.parametrize(
-    ("recipe", "refused"),
-    [("burn_stage1.yaml", True), ("byol.yaml", True), ("quick/supervised.yaml", False)],
-)
-def test_a_micro_batch_of_one_image(recipe, refused, tmp_path):
-    single = tiny(recipe, tmp_path, "data.micro_batch=1", "data.batch_size=2", "evals=[]", "run.duration=1it")
-    if not refused:
-        assert run(single)["step"] == 1
-        return
-    with pytest.raises(RecipeError, match="^data.micro_batch: 1, but BatchNorm of method .* set data.micro_batch to 2"):
-        run(single)
-    assert not single.folder.exists()
-    recipes.check_micro_batch(single, 2)  # over ranks it has more
