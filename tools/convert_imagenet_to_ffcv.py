@@ -32,7 +32,7 @@ from loaders.config import Request
 from loaders.decode import jpeg_frame
 from loaders.errors import BadImage
 from loaders.files import check_writable
-from loaders.sources import open_index
+from loaders.sources import check_quarantine, open_index
 
 
 class Encoder:
@@ -104,6 +104,8 @@ def convert(options: argparse.Namespace) -> int:
     quarantine = Path(options.quarantine) if options.quarantine else None
     request = Request(options.max_pixels, options.labels, asks_labels=False)
     index = open_index(source, request, quarantine=quarantine)
+    if quarantine and (said := check_quarantine(quarantine, [index])):
+        print(said)
     print(f"{source}: {len(index):,} images, {index.reading}", flush=True)
     rows = range(len(index) if options.limit is None else min(options.limit, len(index)))
     left_out: list[dict[str, str]] = []
