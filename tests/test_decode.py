@@ -5,11 +5,12 @@ import io
 import json
 import multiprocessing
 import os
+import resource
+import struct
 import subprocess
 import sys
 import threading
 import time
-import tracemalloc
 import warnings
 
 import numpy as np
@@ -24,7 +25,7 @@ from loaders.contract import CropMemory
 from loaders.decode import decode
 from loaders.errors import BadImage
 from loaders.views import View
-from tests.images import damaged, jpeg, picture, variants, write_tree
+from tests.images import bomb, damaged, jpeg, picture, variants, write_tree
 from tests.loading import FILES, as_beton, config, needs, open_train, take
 from tests.processes import PATIENCE, start_process, tool
 from tests.tiny import ROOT, tiny_overrides
@@ -266,11 +267,85 @@ def test_a_format_that_is_not_on_the_list_starts_no_program(name, tmp_path, monk
         decode((folder / name).read_bytes(), 20, 20)
 
 
+def bombs():
+    """Small files of each format that promise gigapixels: name -> bytes."""
+    side = struct.pack("<H", 65_535)
+    header = struct.pack("<IiiHHIIiiII", 40, 60_000, 60_000, 1, 24, 0, 0, 0, 0, 0, 0)
+    tags = [(256, 4, 60_000), (257, 4, 60_000), (258, 3, 8), (259, 3, 1), (262, 3, 1), (273, 4, 8), (279, 4, 99)]
+    entries = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in tags)
+    frame = jpeg(Image.fromarray(picture(1, 40, 40)))
+    at = frame.index(b"\xff\xc0") + 5
+    return {
+        "bomb.png": bomb(50_000, 50_000),
+        "bomb.bmp": b"BM" + struct.pack("<IHHI", 154, 0, 0, 54) + header + b"\0" * 100,
+        "bomb.gif": b"GIF89a" + side + side + b"\0\0\0,\0\0\0\0" + side + side + b"\0\x02\x02D\x01\0;",
+        "bomb.ppm": b"P6 60000 60000 255\n" + b"\0" * 100,
+        "bomb.tiff": b"II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + entries + b"\0" * 104,
+        "bomb.jpg": frame[:at] + struct.pack(">HH", 65_000, 65_000) + frame[at + 4 :],
+        "scans.jpg": jpeg(Image.new("L", (2400, 2400)), progressive=True),
+    }
+
+
+def defused(root):
+    """Index, scan and load bombs; the process's peak of memory, in bytes, may not grow by an image of theirs."""
+    backend = "turbo" if usable("turbo") else "folder"
+    take(open_train(config(backend, write_tree(root.with_name("sound"), 12, classes=2))), 8)
+    for content in variants().values():  # what decoders take for themselves
+        decode(content, 60, 44)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    data = config(backend, root, max_pixels=5_000_000, workers=1)
+    index = loaders.open_data(data, "train")
+    bad = {index.name(row).decode().removeprefix("class0/") for row in index.problems}
+    assert bad >= {"bomb.png", "bomb.bmp", "bomb.gif", "bomb.ppm", "bomb.tiff", "bomb.jpg", "scans.jpg"}, bad
+    take(loaders.open_train(data, index, seed=0), 8)
+    # And where the file has become one since it was indexed.
+    for content in bombs().values():
+        with pytest.raises(BadImage):
+            decode(content, 40, 40)
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    assert grown < 200e6, f"{grown / 1e6:.0f} MB"
+
+
+def test_a_bomb_takes_no_memory(tmp_path):
+    # reliability 27
+    root = write_tree(tmp_path / "data", 12, classes=2)
+    for name, content in bombs().items():
+        (root / "class0" / name).write_bytes(content)
+    process = start_process(defused, root)
+    process.join(PATIENCE)
+    assert process.exitcode == 0
+
+
+@pytest.mark.parametrize("backend", FILES)
+def test_odd_names_of_images(backend, tmp_path):
+    # reliability 28
+    needs(backend)
+    names = [
+        "a" * 251 + ".jpg",
+        "ä" * 125 + ".jpg",
+        "q'uo\"te $HOME {a,b} [c] #1 =%s.jpg",
+        "new\nline.jpg",
+        " .jpg",
+        "-o.jpg",
+    ]
+    folder = tmp_path / "data" / "class"
+    folder.mkdir(parents=True)
+    for number, name in enumerate([*map(os.fsencode, names), b"caf\xe9.jpg"]):
+        with open(os.path.join(os.fsencode(folder), name), "wb") as file:
+            file.write(jpeg(Image.fromarray(picture(number, 40, 40))))
+    with open(folder / ("bad" + "b" * 248 + ".png"), "wb") as file:
+        file.write(b"no image")
+    data = config(backend, tmp_path / "data", batch_size=4)
+    loader = open_train(data)
+    rows = {row for batch in take(loader, 6) for row in batch.rows.tolist()}
+    assert len(rows) == 7 and [path.rsplit("/", 1)[1][:4] for path in loader.bad] == ["badb"]
+    assert json.loads(json.dumps(loader.bad)) == loader.bad
+
+
 @pytest.mark.parametrize(("height", "width"), [(1, 4000), (4000, 1), (2, 60_000)])
 def test_a_thin_image_takes_the_memory_of_what_is_seen(height, width):
     center = View(size=224, crop="center", resize=256)
     pixels = torch.from_numpy(picture(1, height, width)).permute(2, 0, 1)
-    tracemalloc.start()  # PyTorch's own memory is not seen by it: the largest tensor is asked for instead
     most = []
     real = host.F.resize
 
@@ -281,7 +356,6 @@ def test_a_thin_image_takes_the_memory_of_what_is_seen(height, width):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(host.F, "resize", resize)
         crop = host.cut(pixels, np.zeros(4), center)
-    tracemalloc.stop()
     assert crop.shape == (224, 224, 3) and max(most) < 1 << 22
 
 

@@ -1,7 +1,9 @@
 """The loop, on tiny versions of every recipe: who moves, exact resume, ranks, precision, numbers that go wrong."""
 
+import itertools
 import json
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -12,6 +14,8 @@ from engine import checkpoint, dist, train
 from engine import recipe as recipes
 from engine.errors import CheckpointError, FolderError, NotFinite, RecipeError, Untrained
 from engine.folder import RunFolder
+from engine.results.runs import metrics
+from engine.resume import check_identity
 from engine.train import Trainer
 from loaders import DataError
 from models import methods
@@ -661,6 +665,26 @@ def test_resume_refuses_what_would_change_the_numbers(tmp_path):
     assert trainer_of(changed, resume=True, allow_changes=True).steps_done == 6
     free = tiny("quick/burn_stage1.yaml", tmp_path, "run.log_every=3it", "data.workers=2")
     assert trainer_of(free, resume=True).steps_done == 6
+    # reliability 32: more ranks, without starting them
+    state, path = last_state(recipe), recipe.folder
+    with pytest.raises(RecipeError, match="world_size was 1, is 2"):
+        check_identity(state, path, {**state["identity"], "world_size": 2}, allow_changes=False)
+
+
+def test_odd_clocks_and_environments_change_nothing(tmp_path, monkeypatch):
+    # reliability 37: the wall clock jumps by years at each look, nothing can be written at home, no terminal
+    recipe = tiny("quick/burn_stage1.yaml", tmp_path / "plain")
+    run(recipe)
+    wall = itertools.cycle([4e9, 0.0, 1.7e9])
+    monkeypatch.setattr(time, "time", lambda: next(wall))
+    (tmp_path / "home").mkdir(mode=0o500)
+    for name, value in (("HOME", str(tmp_path / "home")), ("TERM", "dumb"), ("LANG", "C"), ("COLUMNS", "0")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    odd = tiny("quick/burn_stage1.yaml", tmp_path / "odd")
+    run(odd)
+    assert_same_run(recipe, odd)
+    assert all(row["eta_seconds"] >= 0 and row["seconds"] >= 0 for row in metrics(odd.folder) if "seconds" in row)
 
 
 def test_a_run_folder_that_cannot_be_made(tmp_path):
