@@ -36,8 +36,7 @@ CONSTANT = ("measured", "online")
 
 def to_console(is_main: bool, *, progress: TextIO | None = None) -> None:
     """Show warnings of all ranks on standard error and log lines of rank 0 on `progress`, which by default is standard
-    output, so that a log file has them. Streams that are closed, break or are full cost what is said, not the run."""
-    _open_streams()
+    output, so that a log file has them. Streams that break or are full cost what is said, not the run."""
     lines, warnings = _Lines(progress or sys.stdout), _Lines(sys.stderr)
     lines.addFilter(lambda record: record.levelno < logging.WARNING)
     warnings.setLevel(logging.WARNING)
@@ -62,26 +61,7 @@ class _Lines(logging.StreamHandler):
             super().handleError(record)
         elif isinstance(error, BrokenPipeError):  # for good: what is still in the buffer would fail at the exit
             with contextlib.suppress(OSError):
-                _lead_nowhere(self.stream.fileno())
-
-
-def _open_streams() -> None:
-    """Let standard streams that were closed at the start lead nowhere: an opened file would get their numbers, and what
-    libraries print."""
-    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
-        if getattr(sys, name) is None:
-            try:
-                os.fstat(number)  # a file has it by now
-            except OSError:
-                _lead_nowhere(number)
-            setattr(sys, name, open(os.devnull, mode))
-
-
-def _lead_nowhere(number: int) -> None:
-    null = os.open(os.devnull, os.O_RDWR)
-    if null != number:
-        os.dup2(null, number)
-        os.close(null)
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
 class Meter:
