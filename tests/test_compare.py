@@ -297,7 +297,7 @@ def test_a_plan_is_for_a_shell(tmp_path, monkeypatch, capsys):
     path = folder / "t.yaml"
     write(path, rows=[{"name": "A", "stages": ["a b.yaml"]}])
     (folder / "a b.yaml").write_text(f"base: {ROOT / 'recipes/quick/supervised.yaml'}\nname: ab\n")
-    for launcher in ("", "torchrun --log-dir 'a b'"):
+    for launcher in ("", "env 'A=a b'"):
         found = plan_of(monkeypatch, capsys, path, "--launcher", launcher, "data.options={prefetch: 3}").splitlines()[1]
         words = shlex.split(found)
         assert words[: words.index("tools/train.py")] == (shlex.split(launcher) or ["python"])

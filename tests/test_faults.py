@@ -339,7 +339,7 @@ def test_a_process_ends_though_nobody_reads_what_it_says(error, monkeypatch):
 
 def test_a_slow_rate_has_digits():
     assert [rate(speed) for speed in (0.0123, 0.5, 4.987, 45.67, 123.4, 12345.6)] == [
-        "0.0123", "0.5", "4.99", "45.7", "123", "12346",
+        "0.0123", "0.5", "4.99", "45.7", "123", "12,346",
     ]  # fmt: skip
     assert "0.0123 img/s" in _line(1, Horizon(9, 9, 1), {"images_per_second": 0.0123}, None)
 

@@ -195,7 +195,7 @@ def test_a_folder_that_cannot_be_written_is_found_at_the_start(name, code, tmp_p
 def test_what_a_run_folder_holds_is_never_cut(code, tmp_path, monkeypatch):
     recipe = tiny("quick/linear.yaml", tmp_path)
     held = RunFolder(recipe)
-    held.open_rows(None).close()
+    held.open_rows(None)[0].close()
     (recipe.folder / "metrics.jsonl").write_text('{"images": 3}\n')
     held.list_bad_images({"a.jpg": "odd"})
     held.close()

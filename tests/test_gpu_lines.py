@@ -752,9 +752,9 @@ def test_the_step_benchmark_measures_on_a_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(cost, "eager_traffic", lambda *_: counted[1])
     with fake_gpu(), trains(recipe):
         chosen = [variant for variant in variants(recipe, CUDA) if variant.name == "eager"]
-        world = dist.World(0, 1, 0, 1, CUDA)
+        world, index = dist.World(0, 1, 0, 1, CUDA), loaders.open_data(recipe.data, "train")
         result = step_bench._measure(
-            recipe, "train", world, chosen, 1, 2, 1, False, lambda result: None, clock.Progress(9)
+            recipe, "train", world, index, chosen, 1, 2, 1, False, lambda result: None, clock.Progress(9)
         )
     timing = result.variants["eager"]
     assert result.device == "a GPU that is not there" and timing.peak_bytes == 2 << 20 and timing.kernels == 7

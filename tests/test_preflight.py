@@ -9,7 +9,7 @@ import torch
 import loaders
 from engine import checkpoint, preflight
 from engine.describe import describe
-from engine.errors import KNOWN, CheckpointError, RecipeError
+from engine.errors import KNOWN, CheckpointError, RecipeError, guarded
 from engine.results import chain
 from loaders import augment, machine
 from tests.loading import as_beton
@@ -154,7 +154,7 @@ def test_the_train_tool_asks_the_same(tree, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["train.py", str(path), *tiny_overrides(path, tmp_path), *more])
     train = tool("train")
     monkeypatch.setattr(train, "to_console", lambda **options: None)
-    assert train.main() == 2
+    assert guarded(train.main)() == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and f"data.val: {tree}: data.backend=ffcv needs" in said
     assert not list(tmp_path.iterdir())
