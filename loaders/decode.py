@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
@@ -45,11 +45,12 @@ _MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]", re.DOTALL)  # what ends a sca
 
 
 def decode(content: bytes, width: int, height: int) -> Tensor:
-    """Decode an image as RGB, uint8 [3, height, width]. An EXIF orientation is not applied, as in the reference; of 16
-    bits the upper 8 are kept, of several pictures the first, transparency is left out.
+    """Decode an image as RGB, uint8 [3, height, width]. An EXIF orientation is not applied, as in the reference, but
+    that of a TIFF is; of 16 bits the upper 8 are kept, of several pictures the first, transparency is left out.
 
-    An image is bad if its header or its tables cannot be read, if Pillow refuses it, or if it is a JPEG without an
-    end-of-image marker: it has been cut short. Other damage in the data of a JPEG is decoded as libjpeg does.
+    An image is bad if its header or its tables cannot be read, if Pillow refuses it, if its numbers have no range
+    (floats, signed integers), or if it is a JPEG without an end-of-image marker: it has been cut short. Other damage in
+    the data of a JPEG is decoded as libjpeg does.
 
     Raises:
         BadImage: it cannot be decoded, or is not of the expected size.
@@ -93,10 +94,12 @@ def _by_pillow(content: bytes, size: tuple[int, int]) -> Tensor:
         with _quiet():
             if picture.size != size:  # a JPEG whose header Pillow reads otherwise
                 raise BadImage(f"cannot be decoded: is {picture.size[0]}x{picture.size[1]} pixels for Pillow")
-            # Pillow clips what has 16 bits at 255. Other integers and floats have no range that it could keep.
-            is_deep = picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in ("PNG", "PPM"))
-            if is_deep:
-                pixels = np.repeat((np.asarray(picture) >> 8).astype(np.uint8)[:, :, None], 3, axis=2)
+            if problem := _without_range(picture):
+                raise BadImage(problem)
+            if bits := _deep_bits(picture):  # Pillow clips them at 255
+                gray = (np.asarray(picture) >> (bits - 8)).astype(np.uint8)
+                is_inverted = _tiff_tag(picture, TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0
+                pixels = np.repeat((255 - gray if is_inverted else gray)[:, :, None], 3, axis=2)
             else:
                 pixels = np.array(picture.convert("RGB"))
     except BadImage:
@@ -104,6 +107,27 @@ def _by_pillow(content: bytes, size: tuple[int, int]) -> Tensor:
     except Exception as error:  # damage makes Pillow's readers raise whatever there is
         raise BadImage(f"cannot be decoded: {_reason(error)}") from error
     return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def _deep_bits(picture: Image.Image) -> int:
+    """Bits of a gray picture of more than eight; 0 of any other."""
+    if picture.mode == "I" and picture.format in ("PNG", "PPM"):
+        return 16
+    if not picture.mode.startswith("I;16"):
+        return 0
+    return int((_tiff_tag(picture, TiffImagePlugin.BITSPERSAMPLE) or (16,))[0])
+
+
+def _tiff_tag(picture: Image.Image, tag: int) -> Any:
+    return picture.tag_v2.get(tag) if isinstance(picture, TiffImagePlugin.TiffImageFile) else None
+
+
+def _without_range(picture: Image.Image) -> str:
+    """Why nobody can say what is black and what is white in a picture, or ""."""
+    if picture.mode not in ("I", "F") or _deep_bits(picture):
+        return ""
+    numbers = "floats" if picture.mode == "F" else "integers that are signed or have 32 bits"
+    return f"holds {numbers}, which do not say what is white; expected unsigned integers of 8 or 16 bits"
 
 
 def _opened(content: bytes) -> Image.Image:
@@ -190,6 +214,8 @@ def read_header(file: Any) -> Header:
     """
     try:
         with _quiet(), Image.open(file, formats=FORMATS) as image:
+            if problem := _without_range(image):
+                return Header.unusable(problem)
             format = JPEG4.decode() if (image.format, image.mode) == ("JPEG", "CMYK") else image.format or ""
             return Header(image.width, image.height, format, "")
     except Image.DecompressionBombError:

@@ -29,7 +29,7 @@ from loaders.index import Index, Names, Pieces
 
 SUFFIX = ".index"
 _MAGIC = b"BURNIDX\x01"
-_READING = b"2"
+_READING = b"3"
 """Version of how headers are read: what an older one found is not used again."""
 _ALIGNED = 64
 _CHECKED = 1 << 30

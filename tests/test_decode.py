@@ -223,6 +223,44 @@ def test_sixteen_bits_keep_their_upper_eight():
         assert torch.equal(got[0], got[1]) and torch.equal(got[0], got[2])
 
 
+def with_tag(content, tag, value):
+    """A little-endian TIFF with another value of a tag of 16 bits."""
+    at = content.index(struct.pack("<HHI", tag, 3, 1)) + 8
+    return content[:at] + struct.pack("<H", value) + content[at + 2 :]
+
+
+def test_gray_tiff_is_light_where_it_is_light():
+    gray = picture(1, 20, 30)[:, :, 0]
+    deep = saved(Image.fromarray(gray.astype(np.uint16) * 257), "TIFF")
+    first, second = (gray.reshape(-1, 2).astype(int) * 16).T  # two pixels of 12 bits in three bytes
+    packed = np.stack((first >> 4, (first & 15) << 4 | second >> 8, second & 255), axis=1).astype(np.uint8).tobytes()
+    of_12_bits = with_tag(deep[: -len(gray.tobytes()) * 2] + packed.ljust(gray.size * 2, b"\0"), 258, 12)
+    assert np.array_equal(decode(of_12_bits, 30, 20)[0].numpy(), gray)
+    for content in (deep, saved(Image.fromarray(gray), "TIFF")):
+        white_is_zero = with_tag(content, 262, 0)
+        assert np.array_equal(decode(white_is_zero, 30, 20)[0].numpy(), 255 - gray)
+
+
+def test_numbers_that_do_not_say_what_is_white_are_refused(tmp_path):
+    rgb = Image.fromarray(picture(2, 40, 50))
+    folder = tmp_path / "data" / "class"
+    folder.mkdir(parents=True)
+    contents = {
+        "float.tiff": saved(rgb.convert("F"), "TIFF"),
+        "integer.tiff": saved(rgb.convert("I"), "TIFF"),
+        "float.ppm": b"Pf\n50 40\n-1.0\n" + b"\0\0\0?" * 2000,
+        "deep.tiff": saved(Image.fromarray(np.zeros((40, 50), np.uint16)), "TIFF"),
+    }
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+    index = loaders.open_data(config("folder", tmp_path / "data", batch_size=1, micro_batch=1), "train")
+    found = {index.name(row).decode().removeprefix("class/"): reason for row, reason in index.problems.items()}
+    assert sorted(found) == ["float.ppm", "float.tiff", "integer.tiff"]
+    assert all("do not say what is white; expected unsigned integers of 8 or 16 bits" in r for r in found.values())
+    with pytest.raises(BadImage, match="holds floats"):  # it has become one since it was indexed
+        decode(contents["float.tiff"], 50, 40)
+
+
 def test_four_channels_are_what_pillow_reads():
     rgb = Image.fromarray(picture(2, 40, 50))
     content = jpeg(rgb.convert("CMYK"))

@@ -96,7 +96,7 @@ class Scanner:
             try:
                 with Image.open(BytesIO(content), formats=FORMATS) as image:
                     turn = image.getexif().get(ExifTags.Base.Orientation, 1)
-                    if turn in range(2, 9):
+                    if turn in range(2, 9) and format != "TIFF":
                         found.append(f"EXIF orientation {turn} is not applied")
                     if not frame and image.mode in ("CMYK", "I;16", "RGBA", "LA", "P"):
                         found.append(f"mode {image.mode}")
