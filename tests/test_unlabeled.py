@@ -127,6 +127,11 @@ def test_a_folder_that_cannot_be_listed_is_no_empty_one(tmp_path, monkeypatch):
         open_at(root)
 
 
+def test_all_usual_endings_of_what_is_decoded(tmp_path):
+    names = ["a.JPG", "b.jfif", "c.jpe", "d.pgm", "e.pbm", "f.pnm", "g.webp", "h.TIF"]
+    assert found(open_at(put(tmp_path / "photos", *names, "i.txt"))) == names
+
+
 def test_an_empty_folder(tmp_path):
     (tmp_path / "photos" / "one").mkdir(parents=True)
     with pytest.raises(DataError, match=r"photos: no images; expected files ending in \.jpg"):
@@ -221,6 +226,52 @@ def test_every_image_of_a_shard_is_indexed_or_named(tmp_path, caplog):
     )
 
 
+@pytest.mark.parametrize("cut", [False, True])
+def test_no_image_behind_a_damaged_header_is_lost_in_silence(cut, tmp_path):
+    shard = write_tar(tmp_path / "s" / "a.tar", {f"{number}.jpg": PIXELS for number in range(4)})
+    content = bytearray(shard.read_bytes())
+    at = content.index(b"2.jpg\0")
+    content[at] = ord("3")
+    shard.write_bytes(content[: at + 200] if cut else content)
+    with pytest.raises(DataError, match=rf"a\.tar: is not a whole tar file: .* is damaged at byte {at:,}$"):
+        open_at(tmp_path / "s")
+
+
+def test_a_shard_without_its_end_is_said(tmp_path, caplog):
+    shard = write_tar(tmp_path / "s" / "a.tar", {f"{number}.jpg": PIXELS for number in range(4)})
+    content = shard.read_bytes()
+    shard.write_bytes(content[: content.index(b"2.jpg\0")])
+    assert len(open_at(tmp_path / "s")) == 2
+    assert [message.split("a.tar")[1] for message in caplog.messages] == [
+        ": has no mark at its end; it may be cut short"
+    ]
+
+
+def test_shards_of_one_name_in_two_folders(tmp_path):
+    for number, folder in enumerate(("one", "two/deep")):
+        write_tar(tmp_path / "s" / folder / "0.tar", {"a.jpg": PIXELS if number else b"no image"})
+    index = open_at(tmp_path / "s" / "{one,two/deep}" / "0.tar")
+    assert found(index) == ["one/0.tar/a.jpg", "two/deep/0.tar/a.jpg"]
+    assert index.path(0) == f"{tmp_path}/s/one/0.tar/a.jpg" and list(index.problems) == [0]
+    assert len(index.without([b"one/0.tar/a.jpg"])) == 1 and index.content(1) == PIXELS
+
+
+@pytest.mark.parametrize("label", ["-1", "1000000", "9" * 5000])
+def test_a_number_that_is_no_label_is_refused(label, tmp_path):
+    root = put(tmp_path / "photos", "a.jpg", "b.jpg")
+    (root / "list.txt").write_text(f"a.jpg 0\nb.jpg {label}\n")
+    write_tar(tmp_path / "s" / "a.tar", {"a.jpg": PIXELS, "a.cls": label[:900].encode()})
+    for place in (root / "list.txt", tmp_path / "s"):
+        with pytest.raises(
+            DataError, match=rf"{place}: label {label[:20]}; expected 0 to 999999, or data\.labels=none"
+        ):
+            open_at(place)
+        assert open_at(place, "none").label is None
+    (root / "list.txt").write_text("a.jpg\t0\nb.jpg\t\n")
+    with pytest.raises(DataError, match=r"list\.txt: line 2: expected a class behind the tab"):
+        open_at(root / "list.txt")
+
+
 def test_labels_of_names_with_dots(tmp_path):
     members = {"img.0001.jpg": PIXELS, "img.0001.cls": b"1", "img.0002.jpg": PIXELS, "img.0002.cls": b"0"}
     write_tar(tmp_path / "s" / "a.tar", members | {"k.jpg": PIXELS, "k.cls": b"2"})
@@ -236,7 +287,7 @@ def test_braces(tmp_path):
     with pytest.raises(DataError, match=r"part-012\.tar: no such shard"):
         open_at(tmp_path / "part-{008..012}.tar")
     assert shards.expand("a{1..3}b{x,y}") == ["a1bx", "a1by", "a2bx", "a2by", "a3bx", "a3by"]
-    assert shards.expand("a{b}c") == ["a{b}c"]
+    assert shards.expand("a{b}c") == ["a{b}c"] and len(shards.expand("{0.." + "9" * 5000 + "}")) == 1
     (tmp_path / "odd{1..2}").mkdir()
     put(tmp_path / "odd{1..2}", "a.jpg")
     assert found(open_at(tmp_path / "odd{1..2}")) == ["a.jpg"]

@@ -38,13 +38,11 @@ from loaders.files import check_writable
 from loaders.sources import open_index
 
 _SUFFIXES = {
-    "JPEG": (".jpg", ".jpeg"),
-    "JPEG4": (".jpg", ".jpeg"),
-    "MPO": (".jpg", ".jpeg"),
+    **dict.fromkeys(("JPEG", "JPEG4", "MPO"), (".jpg", ".jpeg", ".jpe", ".jfif")),
     "PNG": (".png",),
     "BMP": (".bmp",),
     "GIF": (".gif",),
-    "PPM": (".ppm",),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
     "TIFF": (".tif", ".tiff"),
     "WEBP": (".webp",),
 }

@@ -16,7 +16,9 @@ from loaders.errors import DataError
 from loaders.index import Index, Names
 
 WHAT = "images"
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".tif", ".tiff", ".webp")
+EXTENSIONS = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".pbm", ".pnm", ".tif", ".tiff", ".webp",
+)  # fmt: skip
 _USUAL = {".jpg", ".JPG", ".png", ".PNG"}  # ends of most names: found without a lower-case copy
 _OF_THE_SYSTEM = {
     "lost+found", "@eaDir", "@tmp", "#recycle", "#snapshot", "@Recycle", "@Recently-Snapshot", "$RECYCLE.BIN",

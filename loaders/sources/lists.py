@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import os
+import re
 from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from loaders.sources.folders import EXTENSIONS, index_of
 
 WHAT = "a list"
 SUFFIXES = (".txt", ".tsv", ".lst")
+_INTEGER = re.compile(r"-?[0-9]+")
 _ENDINGS = tuple(extension.encode() for extension in EXTENSIONS)
 
 
@@ -47,7 +49,7 @@ def open_index(root: Path, request: Request) -> Index:
         reading = "a list without labels" if not words else "a list, its classes left out"
         index = index_of(root, root.parent, names, None, [], reading, request)
     else:
-        classes, label = words.numbered()
+        classes, label = words.numbered(root)
         index = index_of(root, root.parent, names, label, classes, f"a list with {len(classes)} classes", request)
     for row in sorted(index.unread):
         if "No such file" in index.problems[row]:
@@ -75,6 +77,8 @@ def _lines(root: Path) -> Iterator[tuple[int, bytes, str | None]]:
                     has_classes = word is not None
                 if not name or b"\0" in name:
                     raise DataError(f"{root}: line {number}: expected the path of an image, got {line[:80]!r}")
+                if word == "":
+                    raise DataError(f"{root}: line {number}: expected a class behind the tab, got {line[:80]!r}")
                 if (word is not None) != has_classes:
                     has, first = ("a", "none") if word is not None else ("no", "one")
                     raise DataError(
@@ -111,27 +115,29 @@ class Words:
         if word is not None:
             self._of_row.append(self._number.setdefault(word, len(self._number)))
 
-    def numbered(self) -> tuple[list[str], NDArray[np.int32]]:
+    def numbered(self, root: Path) -> tuple[list[str], NDArray[np.int32]]:
         """Names of the classes in their order, and the label of each image [N].
 
         Raises:
-            DataError: an integer that is not a plausible label.
+            DataError: an integer that is not a plausible label; names `root`.
         """
-        classes, number = number_classes(list(self._number))
+        classes, number = number_classes(root, list(self._number))
         return classes, np.array(number, dtype=np.int32)[np.frombuffer(self._of_row, dtype=np.int32)]
 
 
-def number_classes(words: Sequence[str]) -> tuple[list[str], list[int]]:
+def number_classes(root: Path, words: Sequence[str]) -> tuple[list[str], list[int]]:
     """Class names and the position of each word among them; integers from 0 keep their value.
 
     Raises:
-        DataError: an integer that is not a plausible label.
+        DataError: an integer that is not a plausible label; names `root`.
     """
-    if all(word.isdecimal() for word in words):
-        last = max(map(int, words))
-        if last >= MAX_CLASSES:
-            raise DataError(f"label {last}; expected 0 to {MAX_CLASSES - 1}")
-        return [str(number) for number in range(last + 1)], [int(word) for word in words]
+    if all(map(_INTEGER.fullmatch, words)):
+        digits = [word.lstrip("0") or "0" for word in words]
+        wrong = next((d for d in digits if d[0] == "-" or len(d) > 9 or int(d) >= MAX_CLASSES), None)
+        if wrong:
+            raise DataError(f"{root}: label {wrong[:20]}; expected 0 to {MAX_CLASSES - 1}, or data.labels=none")
+        numbers = [int(d) for d in digits]
+        return [str(number) for number in range(max(numbers) + 1)], numbers
     classes = sorted(set(words))
     label = {word: number for number, word in enumerate(classes)}
     return classes, [label[word] for word in words]

@@ -187,7 +187,7 @@ def _labels(root: Path, words: list[Any], column: _Column | None) -> tuple[list[
         raise DataError(
             f"{root}: row {missing[0]} has no label, others have; expected all or none, or data.labels=none"
         )
-    classes, label = number_classes([str(word) for word in words])
+    classes, label = number_classes(root, [str(word) for word in words])
     names = column.names if column else None
     return (names if names and len(names) >= len(classes) and all(isinstance(w, int) for w in words) else classes), (
         np.array(label, dtype=np.int32)

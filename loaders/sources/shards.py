@@ -31,7 +31,7 @@ from loaders.sources.lists import Words
 
 WHAT = "tar shards"
 _COMPRESSED = (".gz", ".tgz", ".zst", ".bz2", ".xz")
-_COUNT = re.compile(r"(\d+)\.\.(\d+)(?:\.\.(\d+))?")
+_COUNT = re.compile(r"(\d{1,18})\.\.(\d{1,18})(?:\.\.(\d{1,18}))?", re.ASCII)
 _MOST = 1_000_000  # names that one pattern may stand for
 _LABEL_BYTES = 1000  # a `.cls` member has a few
 logger = logging.getLogger("burn.loaders")
@@ -161,11 +161,14 @@ def in_folder(root: Path, ending: str) -> list[str]:
 
 
 def _folder_of(shards: list[bytes]) -> Path:
-    return Path(os.fsdecode(os.path.dirname(shards[0])))
+    """The folder that all shards lie in or below."""
+    folders = {os.path.dirname(shard) for shard in shards}
+    common = folders.pop() if len(folders) == 1 else os.path.commonpath(map(os.path.abspath, folders))
+    return Path(os.fsdecode(common))
 
 
 def _index_of(root: Path, shards: list[bytes], request: Request) -> Index:
-    words = Words()
+    words, folder = Words(), _folder_of(shards)
     file, offset, length = array("i"), array("q"), array("q")
     labeled: tuple[str, str] | None = None  # an image with a label, and one without
     unlabeled: tuple[str, str] | None = None
@@ -180,6 +183,7 @@ def _index_of(root: Path, shards: list[bytes], request: Request) -> Index:
                 bar = tqdm(scanned, "looking into shards", len(shards), initial=first, unit=" shards", disable=is_quiet)
                 for number, shard in enumerate(bar, first):
                     path = os.fsdecode(shards[number])
+                    prefix = os.fsencode(os.path.relpath(path, folder)) + b"/"
                     for member in shard.members:
                         file.append(number)
                         offset.append(member.offset)
@@ -189,7 +193,7 @@ def _index_of(root: Path, shards: list[bytes], request: Request) -> Index:
                             unlabeled = unlabeled or (path, member.name)
                         else:
                             labeled = labeled or (path, member.name)
-                        yield os.fsencode(os.path.basename(path)) + b"/" + os.fsencode(member.name)
+                        yield prefix + os.fsencode(member.name)
                     if shard.left_out:
                         logger.warning(f"{path}: {len(shard.left_out)} members are left out: {_some(shard.left_out)}")
 
@@ -208,10 +212,10 @@ def _index_of(root: Path, shards: list[bytes], request: Request) -> Index:
         np.frombuffer(length, dtype=np.int64),
     )
     has_labels = bool(words) and request.labels != "none"
-    classes, label = words.numbered() if has_labels else ([], None)
+    classes, label = words.numbered(root) if has_labels else ([], None)
     facts = headers.of_pieces(root, pieces)
     return Index(
-        root=_folder_of(shards),
+        root=folder,
         classes=classes,
         names=found,
         label=label,
@@ -268,6 +272,7 @@ def _scan(shard: bytes) -> _Shard:
                     file = tar.extractfile(member)
                     assert file
                     labels[name[:-4]] = file.read().decode("utf-8", "backslashreplace").strip()
+            _check_end(path, tar)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
     except (tarfile.TarError, EOFError) as error:
@@ -277,6 +282,17 @@ def _scan(shard: bytes) -> _Shard:
         word = _label_of(name, labels) if labels else _folder_name(name)
         members.append(_Member(name.split("\0")[0], word, *images[name]))
     return _Shard(members, left_out)
+
+
+def _check_end(path: str, tar: tarfile.TarFile) -> None:
+    """See that no member is missing where the headers end: Python reads on to the first that is damaged, in silence."""
+    assert tar.fileobj
+    tar.fileobj.seek(tar.offset)
+    block = tar.fileobj.read(tarfile.BLOCKSIZE)
+    if block.strip(b"\0"):
+        raise tarfile.ReadError(f"the header of a member is damaged at byte {tar.offset:,}")
+    if not block:
+        logger.warning(f"{path}: has no mark at its end; it may be cut short")
 
 
 def _key(name: str) -> str:
