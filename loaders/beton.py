@@ -137,15 +137,16 @@ def _manifest(path: Path, size: int) -> dict[str, Any] | None:
     beside = manifest_path(path)
     try:
         manifest = json.loads(beside.read_text(encoding="utf-8"))
-        expected, digest = manifest["bytes"], manifest["records_sha256"]
+        expected = int(manifest["bytes"])
+        is_of_file = expected == size and manifest["records_sha256"] == _records_digest(path, manifest)
         classes = [str(name) for name in manifest["classes"]]
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise DataError(
             f"{beside}: is not the manifest of a .beton file: {error!r}; remove it or write both again"
         ) from None
-    if expected != size or digest != _records_digest(path, manifest):
+    if not is_of_file:
         raise DataError(
             f"{path}: is not the file that {beside.name} describes ({size:,} bytes, expected {expected:,}, or other "
             "records); write it again with tools/convert_imagenet_to_ffcv.py"

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import itertools
 import os
+import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -185,7 +186,10 @@ class Index:
         """
         path, offset, length = self.location(row)
         try:
-            with open(path, "rb", buffering=0) as file:
+            # Not blocking: a pipe that has taken the name of a file would wait for its writer.
+            with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb", buffering=0) as file:
+                if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                    raise BadImage("is not a file")
                 file.seek(offset)
                 content = file.read() if length < 0 else file.read(length)
         except OSError as error:

@@ -109,7 +109,7 @@ void turbo_guard(void) {
 }
 
 static int read_file(Workspace *ws, const char *path, int64_t offset, int64_t length, size_t *count) {
-  int file = open(path, O_RDONLY | O_CLOEXEC);
+  int file = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); /* a pipe would wait for its writer */
   if (file < 0) return FAILED;
   struct stat facts;
   int result = FAILED;

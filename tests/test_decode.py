@@ -354,6 +354,17 @@ def test_a_bomb_takes_no_memory(tmp_path):
     assert process.exitcode == 0
 
 
+def test_a_file_that_has_become_a_pipe_is_not_waited_for(tmp_path):
+    root = write_tree(tmp_path / "data", 8, classes=1)
+    index = loaders.open_data(config("folder", root), "train")
+    path = root / "class0" / "0000.jpg"
+    path.unlink()
+    os.mkfifo(path)
+    threading.Thread(target=lambda: path.write_bytes(b""), daemon=True).start()  # or an old version waits forever
+    with pytest.raises(BadImage, match="^is not a file$"):
+        index.read(0)
+
+
 @pytest.mark.parametrize("backend", FILES)
 def test_odd_names_of_images(backend, tmp_path):
     # reliability 28

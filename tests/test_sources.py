@@ -347,6 +347,18 @@ def test_verify_finds_one_changed_byte(tree, tmp_path):
     assert tool_.verify(path, 2) == ["page 0 differs from what was written"]
 
 
+@pytest.mark.parametrize(
+    "changes", [{"bytes": "x"}, {"pages_crc32": 5}, {"first_page": -5}, {"first_page": "a"}, {"classes": 3}, None]
+)
+def test_a_manifest_of_something_else_is_one_line(changes, tree, tmp_path):
+    path = damaged(as_beton(tree), tmp_path / "x.beton")
+    manifest = beton.manifest_path(path)
+    content = "[" * 100_000 if changes is None else json.dumps(json.loads(manifest.read_text()) | changes)
+    manifest.write_text(content)
+    with pytest.raises(DataError, match=r"x\.beton\.json: is not the manifest of a \.beton file"):
+        beton.read(path)
+
+
 @pytest.mark.parametrize("share", [0, 0.001, 0.5, 0.9, 0.9999])
 def test_a_beton_that_is_cut_short_is_refused(share, tree, tmp_path):
     path = damaged(as_beton(tree), tmp_path / "x.beton")
@@ -474,9 +486,10 @@ def test_a_file_that_is_not_a_quarantine_list_is_refused(tree, tmp_path):
     path = tmp_path / "list"
     with pytest.raises(DataError, match="cannot be read as a quarantine list"):
         open_at(tree, quarantine=path)
-    path.write_text('{"path": "a"}\n')
-    with pytest.raises(DataError, match=r"line 1: expected \{\"path\""):
-        open_at(tree, quarantine=path)
+    for line in ('{"path": "a"}', "[" * 100_000):
+        path.write_text(line + "\n")
+        with pytest.raises(DataError, match=r"line 1: expected \{\"path\""):
+            open_at(tree, quarantine=path)
     path.write_text(json.dumps({"path": os.fsdecode(b"class0/0000.jpg"), "reason": "ugly"}) + "\n")
     assert len(open_at(tree, quarantine=path)) == 23
 

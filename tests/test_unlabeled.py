@@ -466,6 +466,24 @@ def test_parquet(flat, tmp_path):
     assert open_at(tmp_path / "secret.parquet").label is None
 
 
+def test_a_copy_of_parquet_that_is_cut_is_made_again(tmp_path):
+    pytest.importorskip("pyarrow")
+    root = write_parquet(tmp_path / "a.parquet", [PIXELS] * 3)
+    copy = Path(os.fsdecode(open_at(root).pieces.files[0]))
+    os.truncate(copy, 2 * len(PIXELS))
+    index = open_at(root)
+    assert [index.content(row) for row in range(3)] == [PIXELS] * 3
+
+
+def test_parquet_of_one_name_in_two_folders(tmp_path):
+    pytest.importorskip("pyarrow")
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        write_parquet(tmp_path / folder / "0.parquet", [PIXELS])
+    index = open_at(tmp_path / "{one,two}" / "0.parquet")
+    assert found(index) == ["one/0.parquet/0", "two/0.parquet/0"]
+
+
 @pytest.mark.parametrize("backend", FILES)
 def test_every_back_end_reads_parquet(backend, flat, tmp_path):
     needs(backend)

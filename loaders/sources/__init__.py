@@ -137,7 +137,7 @@ def read_quarantine(path: Path) -> dict[bytes, str]:
         try:
             entry = json.loads(line)
             names[os.fsencode(entry["path"])] = str(entry["reason"])
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             raise DataError(
                 f'{path}: line {number}: expected {{"path": ..., "reason": ...}} as tools/scan_images.py writes it'
             ) from None

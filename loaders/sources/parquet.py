@@ -22,7 +22,7 @@ from loaders.errors import DataError
 from loaders.files import aside
 from loaders.index import Index, Names, Pieces
 from loaders.sources.lists import number_classes
-from loaders.sources.shards import expand, in_folder, matching
+from loaders.sources.shards import expand, folder_of, in_folder, matching
 
 WHAT = "Parquet files"
 _ROWS = 64  # that are in memory at a time
@@ -51,11 +51,12 @@ def open_index(root: Path, request: Request) -> Index:
     def make() -> Index:
         return _unpacked(root, files, copy, request)
 
+    places = [os.fsencode(copy)]
     if copy.exists():
-        index = index_file.cached(root, key, stamp, request.max_pixels, make)
-    else:  # an index alone is worth nothing
-        index = index_file.stored(make(), path, stamp)
-    return index.at(root, [os.fsencode(copy)])
+        index = index_file.cached(root, key, stamp, request.max_pixels, make).at(root, places)
+        if not index_file.short_pieces(index):
+            return index
+    return index_file.stored(make(), path, stamp).at(root, places)  # an index alone is worth nothing
 
 
 def _files_of(root: Path) -> list[bytes]:
@@ -128,7 +129,9 @@ def _unpacked(root: Path, files: list[bytes], copy: Path, request: Request) -> I
             tqdm(total=needed, desc=f"copying {root}", unit="B", unit_scale=True, disable=None) as bar,
         ):
             at, out.path = 0, copy
+            folder = folder_of(files)
             for file in map(os.fsdecode, files):
+                name = os.path.relpath(file, folder)
                 with pq.ParquetFile(file) as table:
                     found = _columns_of(file, table.schema_arrow)
                     column = column or found
@@ -148,7 +151,7 @@ def _unpacked(root: Path, files: list[bytes], copy: Path, request: Request) -> I
                             offset.append(at)
                             length.append(len(content))
                             at += len(content)
-                            names_of.append(os.fsencode(f"{os.path.basename(file)}/{row}"))
+                            names_of.append(os.fsencode(f"{name}/{row}"))
                             row += 1
                 bar.update(os.path.getsize(file))
     except OSError as error:

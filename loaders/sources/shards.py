@@ -58,7 +58,7 @@ def open_index(root: Path, request: Request) -> Index:
     if index.unread:  # what the machine did not let us read may be sound
         path = index_file.cache_path(root, *key)
         index = index_file.stored(_index_of(root, shards, request), path, index_file.stamp_of(shards))
-    return index.at(_folder_of(shards), shards)
+    return index.at(folder_of(shards), shards)
 
 
 def files_of(root: Path) -> list[bytes]:
@@ -160,7 +160,7 @@ def in_folder(root: Path, ending: str) -> list[str]:
     return sorted(path for path in found if not os.path.isdir(path))
 
 
-def _folder_of(shards: list[bytes]) -> Path:
+def folder_of(shards: list[bytes]) -> Path:
     """The folder that all shards lie in or below."""
     folders = {os.path.dirname(shard) for shard in shards}
     common = folders.pop() if len(folders) == 1 else os.path.commonpath(map(os.path.abspath, folders))
@@ -168,7 +168,7 @@ def _folder_of(shards: list[bytes]) -> Path:
 
 
 def _index_of(root: Path, shards: list[bytes], request: Request) -> Index:
-    words, folder = Words(), _folder_of(shards)
+    words, folder = Words(), folder_of(shards)
     file, offset, length = array("i"), array("q"), array("q")
     labeled: tuple[str, str] | None = None  # an image with a label, and one without
     unlabeled: tuple[str, str] | None = None
