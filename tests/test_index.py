@@ -175,6 +175,18 @@ def test_an_index_file_is_opened_without_looking_at_the_images(data, tmp_path, m
     same(open_index(tmp_path / "x.index", REQUEST), index)
 
 
+def test_an_index_holds_though_its_first_image_is_gone(tmp_path, capsys):
+    root = write_tree(tmp_path / "data", count=8)
+    tool("make_index").make(root, tmp_path / "x.index", REQUEST)
+    (root / "class0" / "0000.jpg").unlink()
+    index = open_index(tmp_path / "x.index", REQUEST)
+    assert index.content(1)
+    with pytest.raises(BadImage, match="cannot be read: No such file"):
+        index.read(0)
+    assert tool("make_index").check(tmp_path / "x.index", REQUEST.max_pixels) == 1
+    assert "0000.jpg: is gone" in capsys.readouterr().out
+
+
 def test_an_index_file_travels_with_its_images(data, tmp_path):
     make = tool("make_index").make
     make(data, tmp_path / "x.index", REQUEST)

@@ -482,6 +482,14 @@ def test_scan_finds_what_is_wrong_and_every_back_end_leaves_it_out(tmp_path, cap
         assert loader.bad == {}
 
 
+@pytest.mark.parametrize("option", ["--workers", "--max-pixels"])
+def test_a_scan_by_nobody_is_refused(option, tree, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["scan_images.py", str(tree), option, "0"])
+    with pytest.raises(SystemExit) as left:
+        tool("scan_images").main()
+    assert left.value.code == 2 and f"{option}: expected at least 1, got 0" in capsys.readouterr().err
+
+
 def test_a_file_that_is_not_a_quarantine_list_is_refused(tree, tmp_path):
     path = tmp_path / "list"
     with pytest.raises(DataError, match="cannot be read as a quarantine list"):

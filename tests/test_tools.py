@@ -271,7 +271,7 @@ def test_no_image_ends_the_scan(tmp_path, monkeypatch):
 
 def test_the_scan_lists_orientations(tmp_path, monkeypatch, capsys):
     (tmp_path / "class0").mkdir()
-    for kind in ("JPEG", "PNG", "WEBP"):
+    for kind in ("JPEG", "PNG", "WEBP", "TIFF"):  # that of a TIFF is applied
         for orientation in (1, 6):
             (tmp_path / "class0" / f"{orientation}.{kind.lower()}").write_bytes(with_exif(kind, orientation))
     assert call(monkeypatch, "scan_images", tmp_path) == 0

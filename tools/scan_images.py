@@ -131,6 +131,9 @@ def main() -> int:
     parser.add_argument("--no-duplicates", action="store_true", help="do not look for files with equal bytes")
     parser.add_argument("--workers", type=int, default=machine.cores(), help="threads (%(default)s)")
     arguments = parser.parse_args()
+    for name in ("workers", "max_pixels"):
+        if (value := getattr(arguments, name)) < 1:
+            parser.error(f"--{name.replace('_', '-')}: expected at least 1, got {value}")
     folder = arguments.report
     if folder:
         check_writable(folder / "report.json")
