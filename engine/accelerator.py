@@ -45,6 +45,10 @@ def open_device(wanted: str, local_rank: int, local_world_size: int) -> torch.de
     return device
 
 
+_MOST_THREADS = 1024
+"""More are a slip, and OpenMP ends the process where the machine has not as many."""
+
+
 def cpu_threads(local_world_size: int) -> int:
     """Threads that a rank computes with on a CPU: OMP_NUM_THREADS, or its share of the cores."""
     return _asked_threads(local_world_size) or max(1, machine.cores() // local_world_size)
@@ -58,7 +62,8 @@ def _asked_threads(local_world_size: int) -> int | None:
     """
     asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]  # a list has a number for each level of nesting
     is_torchruns = asked == "1" and local_world_size > 1 and "TORCHELASTIC_RUN_ID" in os.environ
-    return int(asked) if asked.isdigit() and int(asked) and not is_torchruns else None
+    is_number = asked.isdecimal() and 0 < int(asked) <= _MOST_THREADS
+    return int(asked) if is_number and not is_torchruns else None
 
 
 def keep_threads(then: int, local_world_size: int) -> str:

@@ -65,7 +65,7 @@ class World(NamedTuple):
 def environment_rank(*, local: bool = False) -> int:
     """This process's rank in the run, or on its machine, as torchrun gives it before the group exists."""
     rank = os.environ.get("LOCAL_RANK" if local else "RANK", "")
-    return int(rank) if rank.isdigit() else 0  # `start` refuses what is no number
+    return int(rank) if rank.isdecimal() else 0  # `start` refuses what is no number
 
 
 def _places() -> dict[str, int]:
@@ -80,7 +80,7 @@ def _places() -> dict[str, int]:
     if given.keys() <= {"LOCAL_WORLD_SIZE"}:
         return alone
     wrong = [f"{name} is not set" for name in names if name not in given]
-    numbers = {name: int(text) for name, text in given.items() if text.isdigit()}
+    numbers = {name: int(text) for name, text in given.items() if text.isdecimal()}
     wrong += [f"{name}={given[name]} is no number" for name in given.keys() - numbers.keys() - {"MASTER_ADDR"}]
     for rank, size in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
         if {rank, size} <= numbers.keys() and numbers[rank] >= numbers[size]:

@@ -207,6 +207,7 @@ def guarded(
         ended: BaseException | None = None
         try:
             with _signals_interrupt() if takes_signals else contextlib.nullcontext():
+                _must_be_somewhere()
                 code = main()
         except BaseException as error:
             ended, code = error, exit_code(error)
@@ -222,6 +223,13 @@ def guarded(
         return code
 
     return call
+
+
+def _must_be_somewhere() -> None:
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror}; cd to a folder that is there", "the working folder") from None
 
 
 @contextlib.contextmanager

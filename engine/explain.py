@@ -39,7 +39,7 @@ def explain(
         else:
             reason = problem["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
             given = problem["input"]
-            shown = "" if isinstance(given, dict | list) or "got" in reason else f", got {given!r}"
+            shown = "" if isinstance(given, dict | list) or "got" in reason else f", got {given!r:.200}"
             text = reason[0].lower() + reason[1:] + shown
         said.setdefault(key, f"{key}: {text}{origin(location)}")
     return "; ".join(said.values())

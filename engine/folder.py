@@ -158,10 +158,12 @@ def _try(folder: Path) -> None:
     """Write to a folder that will be needed."""
     is_new = not folder.exists()
     folder.mkdir(exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder) as file:
-        file.write(bytes(1 << 16))
-    if is_new:
-        folder.rmdir()
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(1 << 16))
+    finally:
+        if is_new:
+            folder.rmdir()
 
 
 def _write(path: Path, text: str) -> None:
@@ -179,7 +181,9 @@ def _written(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise FolderError(f"run.folder: {path} cannot be created or written: {error.strerror}") from None
+        # A part that was being written is gone by now.
+        where = error.filename if error.filename and os.path.lexists(error.filename) else path
+        raise FolderError(f"run.folder: {where} cannot be created or written: {error.strerror}") from None
 
 
 def is_held(folder: Path) -> bool:

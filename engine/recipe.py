@@ -84,7 +84,7 @@ class RunConfig(Strict):
     """Checkpoints kept; older ones are deleted after a newer one is complete."""
     max_skipped_steps: int = Field(default=20, ge=0)
     """fp16: steps in a row whose gradients may overflow before the run stops."""
-    timeout_seconds: int = Field(default=1800, ge=1)
+    timeout_seconds: int = Field(default=1800, ge=1, le=2**31 // 1000)
     """How long a rank waits for the others in a collective before it gives up."""
     folder: PathText = "runs"
     """The run's own folder is `<folder>/<name>`."""
@@ -196,7 +196,7 @@ def load(path: Path, overrides: Iterable[str] = ()) -> Recipe:
     content = strict_yaml.read(path)
     for change in overrides:
         strict_yaml.override(content, change)
-    content.setdefault("name", path.stem)
+    content.setdefault("name", path.stem.encode(errors="replace").decode())
     return resolve(content, path)
 
 
@@ -212,8 +212,7 @@ def resolve(content: dict[str, Any], path: Path) -> Recipe:
     if isinstance(content["data"], dict):
         content["data"].setdefault("options", {})
         content["data"].setdefault("backend", loaders.AUTO)
-        if isinstance(content["run"], dict):
-            _decide(content["data"], content["run"])
+        _decide(content["data"], content["run"] if isinstance(content["run"], dict) else {})
     config = _named(content, "method", "name", methods.available(), methods.load, path).Config
     options = _named(content, "data", "backend", loaders.backends(), loaders.load, path).Options
     # Typed by hand: the section classes of this recipe's method and back end are known only now.
@@ -234,7 +233,7 @@ def _origin(path: Path, content: Any, keys: Sequence[str | int]) -> str:
     """Where a key stands, if it is inherited."""
     item, location = content, []
     for key in keys:
-        place: Any = int(key) if isinstance(item, list) and str(key).isdigit() else key
+        place: Any = int(key) if isinstance(item, list) and str(key).isdecimal() else key
         try:
             item = item[place]
         except (KeyError, IndexError, TypeError):

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from models.contract import Strict
 
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)(ep|it|%)")
+_DURATION = re.compile(r"([0-9]{1,18}(?:\.[0-9]{1,18})?)(ep|it|%)")
 
 
 def _check_duration(text: str) -> str:

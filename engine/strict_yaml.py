@@ -1,4 +1,4 @@
-"""YAML without surprises: plain scalars of YAML 1.2, no aliases, no duplicate keys; `base:` files and overrides."""
+"""YAML without surprises: plain scalars of YAML 1.2, no aliases, tags, duplicate keys; `base:` files and overrides."""
 
 from __future__ import annotations
 
@@ -13,16 +13,24 @@ import yaml
 from engine.errors import RecipeError
 
 _MAX_BYTES = 1_000_000
+_NO_TEXT = re.compile("[\\0\ud800-\udfff]")
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML 1.2's plain scalars: `3e-4` is a number, `on` and `010` are text. No aliases, no duplicate keys."""
+    """YAML 1.2's plain scalars: `3e-4` is a number, `on` and `010` are text. No aliases, tags or duplicate keys; no
+    text that can be neither a name of a file nor UTF-8."""
 
     yaml_implicit_resolvers: typing.ClassVar[dict[str, Any]] = {}  # type: ignore[misc]  # its own, not the parent's
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            raise RecipeError(f"line {self.peek_event().start_mark.line + 1}: aliases (*name) are not allowed")
+        event = self.peek_event()
+        line = event.start_mark.line + 1
+        if isinstance(event, yaml.AliasEvent):
+            raise RecipeError(f"line {line}: aliases (*name) are not allowed")
+        if getattr(event, "tag", None):
+            raise RecipeError(f"line {line}: tags ({event.tag!r}) are not allowed")
+        if isinstance(event, yaml.ScalarEvent) and _NO_TEXT.search(event.value):
+            raise RecipeError(f"line {line}: {event.value!r} holds \\0 or half a surrogate pair, expected text")
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
@@ -41,7 +49,7 @@ class _StrictLoader(yaml.SafeLoader):
 for _tag, _pattern, _first in (
     ("null", r"null|~|", ["n", "~", ""]),
     ("bool", r"true|false", list("tf")),
-    ("int", r"[-+]?(?:0|[1-9][0-9]*)", list("-+0123456789")),
+    ("int", r"[-+]?(?:0|[1-9][0-9]{0,99})", list("-+0123456789")),  # Python reads no number of any length
     (
         "float",
         r"[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?",
@@ -52,9 +60,18 @@ for _tag, _pattern, _first in (
 
 
 def parse(text: str) -> Any:
-    """Plain data of a YAML text."""
-    # Text goes in, so no byte order mark or other encoding is guessed; nothing but plain data comes out.
-    return yaml.load(text, Loader=_StrictLoader)
+    """Plain data of a YAML text.
+
+    Raises:
+        RecipeError: it is none.
+    """
+    try:
+        # Text goes in, so no byte order mark or other encoding is guessed; nothing but plain data comes out.
+        return yaml.load(text, Loader=_StrictLoader)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"not valid YAML: {_yaml_reason(error)}") from None
+    except RecursionError:
+        raise RecipeError("nested too deeply") from None
 
 
 def read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -66,19 +83,17 @@ def read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path.resolve() in seen:
         raise RecipeError(f"{path}: base: the recipe is its own base")
     try:
-        if path.stat().st_size > _MAX_BYTES:
+        with open(path, "rb") as file:
+            text = file.read(_MAX_BYTES + 1)  # a device has no size
+        if len(text) > _MAX_BYTES:
             raise RecipeError(f"{path}: larger than {_MAX_BYTES} bytes, this is not a recipe")
-        content = parse(path.read_text(encoding="utf-8"))
+        content = parse(text.decode())
     except FileNotFoundError:
         raise RecipeError(f"{path}: no such file; expected a recipe such as recipes/burn_stage1.yaml") from None
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise RecipeError(f"{path}: is not UTF-8 text") from None
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path}: not valid YAML: {_yaml_reason(error)}") from None
-    except RecursionError:
-        raise RecipeError(f"{path}: nested too deeply") from None
     except RecipeError as error:
         raise error if str(error).startswith(str(path)) else RecipeError(f"{path}: {error}") from None
     if not isinstance(content, dict):
@@ -98,7 +113,7 @@ def inherited(path: Path, location: Sequence[str | int], item: Any) -> Path | No
     (it may come from an override)."""
     try:
         content = parse(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+    except (OSError, ValueError):
         return None  # not a file that can be read: a checkpoint's recipe
     if not isinstance(content, dict) or _at(content, location) is not _NOWHERE:
         return None
@@ -150,8 +165,8 @@ def override(content: dict[str, Any], change: str) -> None:
         raise RecipeError(f"override {change!r}: expected section.key=value")
     try:
         item = parse(text)
-    except (yaml.YAMLError, RecipeError) as error:
-        raise RecipeError(f"override {change!r}: not a YAML value") from error
+    except RecipeError as error:
+        raise RecipeError(f"override {change!r:.200}: not a YAML value: {error}") from None
     *parents, last = path.split(".")
     place: Any = content
     for key in parents:
@@ -170,6 +185,8 @@ def override(content: dict[str, Any], change: str) -> None:
 
 
 def _item(items: list[Any], key: str, change: str) -> int:
-    if not key.isdigit() or int(key) >= len(items):
+    if not items:
+        raise RecipeError(f"override {change!r}: the list has no item {key!r}, it is empty; set the whole list")
+    if not key.isdecimal() or int(key) >= len(items):
         raise RecipeError(f"override {change!r}: expected a number from 0 to {len(items) - 1}, got {key!r}")
     return int(key)

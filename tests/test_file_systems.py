@@ -187,8 +187,17 @@ def test_a_folder_that_cannot_be_written_is_found_at_the_start(name, code, tmp_p
     monkeypatch.setattr(tempfile, "TemporaryFile", lambda dir: refuses(code)() if dir.name == name else honest(dir=dir))
     with pytest.raises(FolderError, match=rf"{name} cannot be created or written: {os.strerror(code)}"):
         RunFolder(recipe)
+    assert names(recipe.folder) == [".lock"]
     monkeypatch.undo()
     RunFolder(recipe).close()  # the lock is not held any more
+
+
+@pytest.mark.parametrize("name", [".lock", "recipe.yaml", "metrics.jsonl"])
+def test_a_file_of_a_run_folder_that_is_not_ours_is_named(name, tmp_path):
+    recipe = tiny("quick/linear.yaml", tmp_path)
+    (recipe.folder / name).mkdir(parents=True)  # as root may open what another user's is
+    with pytest.raises(FolderError, match=rf"{name} cannot be created or written: {os.strerror(errno.EISDIR)}"):
+        RunFolder(recipe).open_rows(3)
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])

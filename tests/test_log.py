@@ -118,6 +118,8 @@ def test_a_benchmark_says_where_it_is(caplog):
         ("1", 2, False, 1),
         ("5,2", 1, False, 5),
         ("many", 1, False, 8),
+        ("99999", 1, False, 8),
+        ("²", 1, False, 8),
         ("0", 1, False, 8),
     ],
 )

@@ -1,6 +1,7 @@
 """Recipes: every message, merging, overrides, the resolved form, and all recipes of the repository."""
 
 import copy
+import os
 import re
 from pathlib import Path
 
@@ -207,7 +208,7 @@ def write(tmp_path, text, name="r.yaml"):
     [
         ("seed: 1\nseed: 2\n", "line 2: duplicate key 'seed'"),
         ("run: {amp: off, amp: bf16}", "duplicate key 'amp'"),
-        ("seed: !!python/object/apply:os.system ['touch canary']", "not valid YAML"),
+        ("seed: !!python/object/apply:os.system ['touch canary']", "tags"),
         ("a: &x [1]\nb: [*x, *x]", "line 2: aliases"),
         ("seed:\t1", "not valid YAML"),
         (b"seed: \xff\xfe", "is not UTF-8"),
@@ -258,7 +259,14 @@ def test_base_and_overrides(tmp_path):
         ("run.keep", "expected section.key=value"),
         ("=3", "expected section.key=value"),
         ("run.keep=[", "not a YAML value"),
+        (f"run.keep={'[' * 5000}", "not a YAML value: nested too deeply"),
         ("data.views.7.size=3", "expected a number from 0 to 1"),
+        ("data.views.².size=3", "expected a number from 0 to 1"),
+        ("init.0.from=x", "the list has no item .0., it is empty"),
+        ("run=null", "run: expected an object, got None"),
+        (f"seed={'9' * 5000}", "seed: expected a valid integer, got '9+$"),
+        (f"run.duration={'9' * 400}ep", "run.duration: expected a duration"),
+        ("run.duration=٣ep", "run.duration: expected a duration"),
         ("run.kep=3", "run.kep: unknown key, did you mean 'keep'?"),
         ("run.keep.deeper=3", "run.keep"),
         ("run={duration: 1ep, compile_options: {combo_kernels: true}}", "compile_options: expected compile: true"),
@@ -266,7 +274,31 @@ def test_base_and_overrides(tmp_path):
 )
 def test_bad_overrides(override, expected):
     with pytest.raises(RecipeError, match=expected.replace("?", r"\?")):
-        recipes.load(STAGE1, [override])
+        recipes.load(STAGE1, ["init=[]", override])
+
+
+@pytest.mark.parametrize("value", ["!!int a", "!!bool maybe", "!!timestamp 9999-99-99", "!!binary aGk=", "!x y", "! z"])
+def test_what_yaml_makes_of_a_tag_is_refused(value, tmp_path):
+    with pytest.raises(RecipeError, match=r"r.yaml: line 2: tags \('.*'\) are not allowed"):
+        recipes.load(write(tmp_path, f"base: {STAGE1}\nname: {value}\n"))
+
+
+@pytest.mark.parametrize("text", [r"a\0b", r"\ud800", r"a\udfffb"])
+@pytest.mark.parametrize("key", ["base: {}", "name: {}", "data: {{train: {}}}", "run: {{folder: {}}}", "{}: 1"])
+def test_text_that_no_file_can_be_named_is_refused(key, text, tmp_path):
+    with pytest.raises(RecipeError, match=r"r.yaml: line 1: '.*' holds \\0 or half a surrogate pair"):
+        recipes.load(write(tmp_path, key.format(f'"{text}"')))
+
+
+def test_a_recipe_named_in_another_encoding_is_refused_by_its_name(tmp_path):
+    path = write(tmp_path, f"base: {STAGE1}\n", os.fsdecode(b"caf\xe9.yaml"))
+    with pytest.raises(RecipeError, match=r"name: expected letters"):
+        recipes.load(path)
+
+
+def test_a_device_is_no_recipe():
+    with pytest.raises(RecipeError, match="/dev/zero: larger than"):
+        recipes.load(Path("/dev/zero"))
 
 
 def test_a_recipe_cannot_be_changed():

@@ -73,6 +73,17 @@ def test_what_is_no_defect_is_one_line_of_every_tool(name, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("name", TOOLS)
+def test_a_working_folder_that_is_gone_is_one_line(name, tmp_path, monkeypatch, capsys):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert outcome(name) == 2
+    assert capsys.readouterr().err == (
+        f"error: the working folder: {os.strerror(errno.ENOENT)}; cd to a folder that is there\n"
+    )
+
+
+@pytest.mark.parametrize("name", TOOLS)
 @pytest.mark.parametrize("error", [KeyError("k"), RecursionError("deep"), OSError("of a library"), AssertionError()])
 def test_a_defect_keeps_its_traceback(name, error, monkeypatch, capsys):
     for parse in ("parse_args", "parse_intermixed_args"):
@@ -615,3 +626,10 @@ def test_overrides_are_optional_and_stand_anywhere(name, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["tool", *words])
         outcome(name)
         assert list(seen.pop().override) == expected
+
+
+@pytest.mark.parametrize("option", ["--json", "--figure"])
+def test_what_only_a_benchmark_writes_is_refused_without_one(option, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as ended:
+        call(monkeypatch, "train", "x.yaml", option, "out")
+    assert ended.value.code == 2 and f"{option} " in capsys.readouterr().err.splitlines()[-1]

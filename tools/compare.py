@@ -267,7 +267,7 @@ def before(spec: table.Table, path: Path, out: Path, extra: list[str]) -> dict[t
     found = {}
     for row in spec.rows:
         seeds = (place.name.removeprefix("seed") for place in (out / table.slug(row.name)).glob("seed*"))
-        for seed in sorted(int(seed) for seed in seeds if seed.isdigit()):
+        for seed in sorted(int(seed) for seed in seeds if seed.isdecimal()):
             chain = table.chain(spec, row, seed, path, out, extra)
             if all(run.is_done() for run in chain.runs):
                 found[row.name, seed] = chain.outcome()

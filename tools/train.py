@@ -48,6 +48,8 @@ def main() -> int:
     arguments = parser.parse_intermixed_args()
     if arguments.figure and arguments.benchmark not in ("step", "train"):
         parser.error("--figure draws what --benchmark step or train measured")
+    if arguments.json and not arguments.benchmark:
+        parser.error("--json writes what --benchmark measured")
     # What is asked for goes to standard output: a run's log, or else the text or table alone.
     answers = arguments.dry_run or arguments.benchmark
     to_console(is_main=dist.environment_rank() == 0, progress=sys.stderr if answers else sys.stdout)
