@@ -14,6 +14,7 @@ import io
 import json
 import os
 import re
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, cast
@@ -31,6 +32,11 @@ from models.contract import BackboneConfig
 from models.methods import MethodConfig
 
 FORMAT = 2
+_KEYS: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("method", "optimizer", "scaler", "meter", "monitors", "bad_images", "identity", "versions"), dict),
+    **{"step": int, "total_steps": int, "seconds": (int, float), "recipe": str, "skipped": Tensor},
+}
+"""What every checkpoint of this format has; what came later may be missing."""
 _NAME = re.compile(r"step-(\d{9})-([0-9a-f]{16})\.pt")
 
 
@@ -101,9 +107,11 @@ def is_intact(path: Path) -> bool:
         return False
     try:
         found = os.stat(path)
+        if not stat.S_ISREG(found.st_mode):  # a pipe or a device may have no end
+            return False
         digest = _digest(path, found.st_ino, found.st_size, found.st_mtime_ns)
     except OSError as error:
-        if error.errno in (errno.EIO, errno.ENOENT, errno.EISDIR):  # of this file: the one before may be whole
+        if error.errno in (errno.EIO, errno.ENOENT, errno.ELOOP):  # of this file: the one before may be whole
             return False
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
     return digest.startswith(match[2])
@@ -132,6 +140,10 @@ def load(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         found = state.get("format") if isinstance(state, dict) else type(state).__name__
         raise CheckpointError(f"{path}: not a checkpoint of format {FORMAT}, found {found}")
+    if wrong := [key for key, kind in _KEYS.items() if not isinstance(state.get(key), kind)]:
+        raise CheckpointError(
+            f"{path}: incomplete or changed by hand, at {', '.join(wrong)}; remove it to go on from the one before"
+        )
     return state
 
 

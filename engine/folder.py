@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from engine.errors import FolderError
-from engine.log import logger
+from engine.log import logger, row_of
 from engine.provenance import environment
 from engine.recipe import Recipe
 from loaders.files import aside, lock
@@ -115,15 +115,17 @@ class RunFolder:
                 for old in (self.path / "tensorboard").glob("events.out.tfevents.*"):
                     old.unlink()
             elif path.exists():
-                for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-                    try:
-                        row = json.loads(line)
-                        if row["images"] <= images:
-                            kept.append(line)
-                        if row["images"] == images and "evaluation" in row:
-                            evaluated.append(row["evaluation"])
-                    except (ValueError, KeyError, TypeError):
-                        pass  # the last line of a run that was killed while writing it
+                lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+                for number, line in enumerate(lines, 1):
+                    row = row_of(line)
+                    if row is None:
+                        if number < len(lines):  # the last one was cut where a run was killed
+                            logger.warning(f"{path}: line {number} is no row of metrics; left out")
+                        continue
+                    if row["images"] <= images:
+                        kept.append(line)
+                    if row["images"] == images and "evaluation" in row:
+                        evaluated.append(row["evaluation"])
             _write(path, "".join(line + "\n" for line in kept))
             return open(path, "ab", buffering=0), evaluated
 

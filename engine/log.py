@@ -160,6 +160,16 @@ def _memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def row_of(line: str) -> dict[str, Any] | None:
+    """A row of `metrics.jsonl`; None of a line that is none: it is being written, was cut, or was changed by hand."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    is_row = isinstance(row, dict) and all(isinstance(row.get(key), int | float) for key in ("step", "epoch", "images"))
+    return row if is_row else None
+
+
 class RunLog:
     """Writes rows of metrics; only rank 0 has one.
 

@@ -588,7 +588,10 @@ class Trainer:
         self.stream_version = stream_version(state, path)
         recipe, then, before = self.recipe, recipe_of(state, path), horizon_of(state, self.horizon.num_images)
         changed = check_identity(state, path, self._identity(), allow_changes=allow_changes)
-        changed += self.load_state_dict(state)
+        try:
+            changed += self.load_state_dict(state)
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}") from None
         if self.steps_done > self.horizon.total_steps:
             raise RecipeError(
                 f"run.duration={recipe.run.duration} is {self.horizon.total_steps} steps, and {path} has gone "

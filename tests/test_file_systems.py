@@ -16,6 +16,7 @@ import torch
 from engine import checkpoint, folder
 from engine.errors import CheckpointError, FolderError
 from engine.folder import RunFolder
+from engine.results.runs import metrics
 from loaders import files
 from loaders.files import aside
 from tests.processes import PATIENCE, start_process
@@ -129,6 +130,31 @@ def test_a_checkpoint_that_may_not_be_read_is_not_a_damaged_one(tmp_path, monkey
     monkeypatch.setattr(os, "listdir", refuses(errno.EACCES))
     with pytest.raises(CheckpointError, match="cannot be listed: Permission denied"):
         checkpoint.latest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path), lambda path: os.symlink(path.name, path)]
+)
+def test_what_is_no_file_is_no_checkpoint(make, tmp_path):
+    whole = checkpoint.save(tmp_path, 1, state_of(1), keep=2)
+    make(odd := tmp_path / "step-000000002-0123456789abcdef.pt")
+    assert checkpoint.latest(tmp_path) == (whole, [odd])
+
+
+def test_lines_that_are_no_rows_are_left_out_and_named(tmp_path, caplog):
+    recipe = tiny("quick/linear.yaml", tmp_path)
+    recipe.folder.mkdir()
+    row = '{"step": 1, "epoch": 0.5, "images": 16}'
+    odd = ["[1]", "null", '{"images": 16}', '{"step": 1, "epoch": 0.5, "images": "16"}', "[" * 100_000, "\udcff"]
+    path, text = recipe.folder / "metrics.jsonl", "\n".join([row, *odd, row, '{"st'])
+    path.write_text(text, encoding="utf-8", errors="surrogateescape")
+    assert metrics(recipe.folder) == [json.loads(row)] * 2
+    held = RunFolder(recipe)
+    held.open_rows(16)[0].close()
+    held.close()
+    assert path.read_text() == f"{row}\n{row}\n"
+    said = [record.getMessage() for record in caplog.records]
+    assert said == [f"{path}: line {number} is no row of metrics; left out" for number in range(2, 8)]
 
 
 def test_a_link_in_place_of_a_checkpoint_is_never_written_through(tmp_path, monkeypatch):

@@ -53,3 +53,20 @@ def test_a_format_that_is_not_known_is_one_line(tmp_path):
     torch.save({**checkpoint.load(OLD), "format": 99}, tmp_path / "x.pt")
     with pytest.raises(CheckpointError, match=r"not a checkpoint of format 2, found 99"):
         checkpoint.load(tmp_path / "x.pt")
+
+
+def test_what_a_checkpoint_lacks_is_one_line(tmp_path):
+    import torch
+
+    whole = checkpoint.load(OLD)
+    for key in checkpoint._KEYS:
+        for part in ({key: None}, {}):
+            torch.save({name: item for name, item in whole.items() if name != key} | part, tmp_path / "x.pt")
+            with pytest.raises(CheckpointError, match=rf"x\.pt: incomplete or changed by hand, at {key};"):
+                checkpoint.load(tmp_path / "x.pt")
+
+
+def test_a_checkpoint_of_another_network_is_named(old_run):
+    wider = recipe.load(old_run.folder / "recipe.yaml", [f"run.folder={old_run.run.folder}", "method.backbone.width=2"])
+    with pytest.raises(CheckpointError, match=rf"^{old_run.folder}/.*\.pt: the checkpoint is of another network"):
+        train.run(wider, resume=True, allow_changes=True)

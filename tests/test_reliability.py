@@ -279,7 +279,7 @@ def test_keeps_the_newest(tmp_path):
         checkpoint.save(tmp_path, step, state_of(step), keep=2)
     assert sorted(path.name.split("-")[1] for path in tmp_path.iterdir()) == ["000000010", "000000200"]
     path, damaged = checkpoint.latest(tmp_path)
-    assert checkpoint.load(path)["step"] == 200 and not damaged
+    assert path.name.startswith("step-000000200-") and not damaged
 
 
 @pytest.mark.parametrize("damage", [0.0, 0.01, 0.5, 0.99, "flip"])

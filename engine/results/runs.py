@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from engine.errors import RecipeError
+from engine.log import row_of
 from loaders.files import aside
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
     """The rows of a run's `metrics.jsonl`, without one that is being written or was cut."""
-    rows = []
-    for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(ValueError):
-            rows.append(json.loads(line))
-    return rows
+    text = (folder / "metrics.jsonl").read_text(encoding="utf-8", errors="replace")
+    return [row for row in map(row_of, text.splitlines()) if row]
 
 
 def final(folder: Path, evaluation: str, name: str = "top1") -> float:
