@@ -78,6 +78,8 @@ def write(path, **changes):
         ({"rows": []}, "rows: "),
         ({"rows": [{"name": "A", "stages": ["a.yaml"]}]}, r"rows\.0\.stages\.0: no recipe"),
         ({"rows": [{"name": "A b", "stages": ["a"]}, {"name": "a-b", "stages": ["a"]}]}, "two rows are named"),
+        ({"rows": [{"name": "teacher", "stages": ["a"]}]}, "a row needs a name with letters a-z or digits"),
+        ({"rows": [{"name": "ü", "stages": ["a"]}]}, "other than teacher; got 'ü'"),
         ({"rows": [{"name": "A", "stages": ["a.yaml"], "papr": 1.0}]}, "did you mean 'paper'"),
     ],
 )
@@ -207,6 +209,9 @@ def test_rows_do_not_run_behind_a_teacher_that_failed(tmp_path):
         (["--only", "BRUN"], "no row 'BRUN'"),
         (["--jobs", "2", "--launcher", "true"], "--jobs"),
         (["--launcher", "torchrun 'a"], '--launcher: "torchrun \'a" is no command line: No closing quotation'),
+        (["name=x"], "override 'name=x': every run has its own; use --out or --seeds"),
+        (["seed=3", "--plan"], "override 'seed=3': every run has its own"),
+        (["--only", "BURN", "run.folder=x"], "override 'run.folder=x': every run has its own"),
         (["--launcher", "torchrn -n 8"], "--launcher: no program 'torchrn'"),
     ],
 )

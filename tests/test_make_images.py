@@ -1,7 +1,11 @@
 """Public data sets from their archives: what is written, and what is refused with nothing left behind."""
 
+import errno
 import io
+import os
 import pickle
+import re
+import resource
 import sys
 import tarfile
 
@@ -214,17 +218,32 @@ def test_a_link_in_an_archive_is_refused(tmp_path):
         (["imagenette", "{out}"], "imagenette: expected its archive with --source; get https://"),
         (["fashion_mnist", "{out}", "--source", "{out}"], "train-images-idx3-ubyte.gz: no such file; run `apt-get"),
         (["digits", "{file}"], "is there and holds no images in train and val"),
+        (["digits", "{link}"], "link: is there and holds no images in train and val"),
         (["digits", "/"], "/: is there and holds no images in train and val"),
     ],
 )
 def test_bad_arguments_are_one_line(arguments, message, tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("")
-    named = [word.format(out=tmp_path / "out", file=tmp_path / "file") for word in arguments]
+    (tmp_path / "link").symlink_to("/purged/scratch")
+    named = [word.format(**{name: tmp_path / name for name in ("out", "file", "link")}) for word in arguments]
     monkeypatch.setattr(sys, "argv", ["make_images.py", *named])
     assert make_images.main() == 2
     said = capsys.readouterr()
     assert message in said.err and said.err.count("\n") == 1 and not said.out
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link"]
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_a_disk_that_takes_half_an_image_has_no_set(kind, tmp_path):
+    one = make_images.Picture("train", "a", Image.fromarray(picture(1, 40, 40)), {"format": kind})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200, limits[1]))
+    try:
+        with pytest.raises(OSError, match=re.escape(f"{os.strerror(errno.EFBIG)}: '{tmp_path / 'set'}'")):
+            make_images.write(iter([one]), tmp_path / "set")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_damaged_idx_file_is_named(tmp_path):

@@ -19,6 +19,7 @@ mean nothing.
 import argparse
 import gzip
 import io
+import os
 import pickle
 import re
 import sys
@@ -305,7 +306,9 @@ def write(pictures: Iterator[Picture], out: Path, limit: int | None = None) -> N
             if not counts[place]:
                 folder.mkdir(parents=True)
             suffix = "png" if picture.options["format"] == "PNG" else "jpg"
-            picture.image.save(folder / f"{numbers[picture.split]:05d}.{suffix}", **picture.options)
+            content = io.BytesIO()  # Pillow takes half a write to a file for a whole one
+            picture.image.save(content, **picture.options)
+            (folder / f"{numbers[picture.split]:05d}.{suffix}").write_bytes(content.getbuffer())
             counts[place] += 1
             numbers[picture.split] += 1
 
@@ -324,7 +327,7 @@ def make(dataset: str, out: Path, *, source: Path | None = None, limit: int | No
     if all(any((out / split).glob("*/*.*")) for split in ("train", "val")):
         print(f"{out} is there already")
         return
-    if out.exists():
+    if os.path.lexists(out):
         raise DataError(f"{out}: is there and holds no images in train and val; give another name, or remove it")
     check_writable(out)
     if source is None and dataset in ("imagenette", "cifar10"):

@@ -56,9 +56,15 @@ class Table(Strict):
     def _different_names(cls, rows: tuple[Row, ...]) -> tuple[Row, ...]:
         slugs = [slug(row.name) for row in rows]
         for row in rows:
+            if slug(row.name) in ("", "teacher"):
+                raise ValueError(f"a row needs a name with letters a-z or digits, other than teacher; got {row.name!r}")
             if slugs.count(slug(row.name)) > 1:
                 raise ValueError(f"two rows are named {row.name!r}")
         return rows
+
+
+_OWN = ("name", "seed", "run.folder")
+"""What tells the runs of a table apart."""
 
 
 def load(path: Path) -> Table:
@@ -104,6 +110,9 @@ def chain(table: Table, row: Row, seed: int, path: Path, out: Path, extra: list[
         path: the table's file.
         extra: overrides of every run, from the command line.
     """
+    for change in (*row.overrides, *extra):
+        if change.partition("=")[0] in _OWN:
+            raise RecipeError(f"{path}: {row.name}: override {change!r}: every run has its own; use --out or --seeds")
     folder = out / slug(row.name) / f"seed{seed}"
     teacher = out / "teacher" / "teacher"
     moved: dict[str, Path] = {}
