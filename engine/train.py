@@ -52,12 +52,11 @@ from engine.resume import (
 )
 from engine.schedules import Horizon, due, value
 from loaders import Batch, Index, Loader
+from loaders.machine import SIGNALS
 from models import backbones
 from models.methods import Method
 from models.precision import at_least_float32
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-"""What asks a run to save and stop."""
 UNSAVED = (NotFinite, Untrained, LostRank)
 """What ends a run without a checkpoint of its own: the last one stays."""
 

@@ -17,7 +17,7 @@ from pydantic import Field
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from loaders import contract
+from loaders import contract, machine
 from loaders.contract import HostBatch, Order
 from loaders.errors import DataError, LoaderError, starting
 from loaders.host import load_batch
@@ -140,7 +140,7 @@ class _Positions(Dataset[Any]):
 
 def _ignore_signals(worker: int) -> None:
     # A signal to the whole job is for the training process, which stops in order and then ends its workers.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in machine.SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 

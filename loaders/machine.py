@@ -6,9 +6,13 @@ import functools
 import hashlib
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import torch
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
+"""What asks a run to save and stop: people, a lost terminal, warnings of schedulers. Workers leave it to the run."""
 
 TRITON = (7, 0)
 """The oldest compute capability that Triton, and with it torch.compile, generates code for."""

@@ -6,8 +6,8 @@
 
 Exit codes: 0 done; 2 bad input (found at the start: nothing was written); 3 loss or gradients not finite;
 4 a parameter is not trained as declared; 5 the last checkpoint could not be written; 6 the machine failed (memory, a
-device, another process); 75 stopped by SIGTERM, SIGINT, SIGUSR1 or SIGHUP, continue with --resume; 130 or 143 stopped
-where there was nothing to save; 1 anything else.
+device, another process); 75 stopped by a signal and saved, continue with --resume; 130 or 143 stopped where there was
+nothing to save; 1 anything else.
 """
 
 import argparse
