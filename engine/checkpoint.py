@@ -147,6 +147,31 @@ def load(path: Path) -> dict[str, Any]:
     return state
 
 
+def is_named(path: Path) -> bool:
+    """Whether a file has the name of a checkpoint, which `is_intact` can judge."""
+    return bool(_NAME.fullmatch(path.name))
+
+
+def complete(run: Path, step: int | None = None) -> Path:
+    """The newest intact checkpoint of a run folder, or that of a step.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    folder = run / "checkpoints"
+    if step is not None:
+        steps = {int(path.name[5:14]): path for path in _newest_first(folder) if is_intact(path)}
+        if step not in steps:
+            found = ", ".join(map(str, sorted(steps))) or "none"
+            raise CheckpointError(f"{run}: no complete checkpoint of step {step}, found {found}")
+        return steps[step]
+    newest, damaged = latest(folder)
+    if newest is None:
+        what = f"only damaged ones: {', '.join(map(str, damaged))}" if damaged else "none yet"
+        raise CheckpointError(f"{run}: expected a complete checkpoint in it, found {what}")
+    return newest
+
+
 def source(init: InitConfig) -> Path:
     """The file that an `init` entry means: itself, or the newest checkpoint of a run folder.
 
@@ -155,11 +180,10 @@ def source(init: InitConfig) -> Path:
     """
     path = Path(init.source)
     if os.path.isdir(path):
-        newest, damaged = latest(path / "checkpoints")
-        if newest is None:
-            what = f"only damaged ones: {', '.join(map(str, damaged))}" if damaged else "none yet"
-            raise CheckpointError(f"init.from: {path}: expected a complete checkpoint in it, found {what}")
-        return newest
+        try:
+            return complete(path)
+        except CheckpointError as error:
+            raise CheckpointError(f"init.from: {error}") from None
     if not os.path.isfile(path):
         raise CheckpointError(f"init.from: {path}: no such file or run folder")
     return path
@@ -177,7 +201,7 @@ def initialize(module: nn.Module, config: MethodConfig, init: InitConfig) -> Non
         models.weights.WeightsError: keys or shapes that do not fit; all of them are listed.
     """
     path = source(init)
-    if _NAME.fullmatch(path.name) and not is_intact(path):
+    if is_named(path) and not is_intact(path):
         raise CheckpointError(f"{path}: damaged, its content does not match the hash in its name")
     content = weights.read_file(path)
     if isinstance(content, dict) and content.get("step", 0) < content.get("total_steps", 0):

@@ -95,6 +95,11 @@ def _normalize(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return x.sub_(mean[:, None, None]).div_(std[:, None, None])
 
 
+def normalized(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Pixels as a network takes them where nothing is drawn: uint8 [B, H, W, 3] to float32 [B, 3, H, W]."""
+    return _normalize(_to_float(images), torch.tensor(mean), torch.tensor(std))
+
+
 def _together(
     images: Tensor,
     color: Tensor,

@@ -4,6 +4,8 @@ back to for an image that it cannot handle itself."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from io import BytesIO
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +16,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from loaders.contract import CropMemory, HostBatch
+from loaders.decode import decode, read_header
 from loaders.errors import BadImage, DataError
 from loaders.sampler import NUM_COLOR, Plan, Stream, resized_sides
 from loaders.views import View
@@ -112,6 +115,26 @@ def cut(pixels: Tensor, window: NDArray[np.float64], view: View) -> Tensor:
             pixels, top, left, height, width, [view.size, view.size], interpolation=mode, antialias=True
         )
     return crop.permute(1, 2, 0)
+
+
+def read_picture(path: Path, view: View) -> Tensor:
+    """A file as evaluations see it, uint8 [size, size, 3].
+
+    Args:
+        view: a center crop.
+
+    Raises:
+        DataError: it cannot be decoded.
+        OSError: it cannot be read.
+    """
+    content = path.read_bytes()
+    header = read_header(BytesIO(content))
+    try:
+        if header.problem:
+            raise BadImage(header.problem)
+        return cut(decode(content, header.width, header.height), np.zeros(4), view)
+    except BadImage as error:
+        raise DataError(f"{path}: {error}") from None
 
 
 def _middle(pixels: Tensor, new_h: int, new_w: int, view: View) -> Tensor:

@@ -1,18 +1,19 @@
 """Reads weight files, ours and foreign ones, into named parts; loads parts strictly.
 
 This is the only place that knows the key names of other projects. Layouts understood (all as `torch.save`
-files of tensors, read with `weights_only=True`):
+files of tensors, read with `weights_only=True`, or as safetensors where that package is installed):
 
 | file | parts |
 |---|---|
 | a checkpoint of this engine | the method's children: `student`, `student_head`, `teacher`, `backbone`, ... |
 | BURN: training checkpoint, extracted backbone, "multi" file | `student`, `student_head`, `teacher`, `teacher_head` |
-| ReActNet (liuzechun/ReActNet), S2-BNN (szq0214/S2-BNN) | `backbone`; `head` of S2-BNN |
+| ReActNet (liuzechun/ReActNet), S2-BNN (szq0214/S2-BNN) | `backbone`; `head` of S2-BNN, `classifier` of ReActNet |
 | MoCo (`module.encoder_q.*`), torchvision, plain ResNet | `backbone`; `head` of MoCo, `classifier` of torchvision |
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import pickle
 import re
@@ -88,6 +89,8 @@ def read_file(path: Path) -> Any:
             start = file.read(_START)
     except OSError as error:
         raise WeightsError(f"{path}: cannot be read: {error.strerror}") from None
+    if _is_safetensors(start):
+        return _read_safetensors(path)
     if not start.startswith(_OURS):
         raise WeightsError(f"{path}: {_what(start)}")
     try:
@@ -103,6 +106,61 @@ def read_file(path: Path) -> Any:
         ) from error
 
 
+def _is_safetensors(start: bytes) -> bool:
+    return start[8:10] in (b'{"', b"{}")
+
+
+def _read_safetensors(path: Path) -> State:
+    if problem := missing_safetensors():
+        raise WeightsError(f"{path}: is a safetensors file; {problem}")
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise WeightsError(f"{path}: is a safetensors file, cut short or damaged ({error}); get it again") from error
+
+
+def missing_safetensors() -> str:
+    """What is missing for safetensors files and what to do, or ""."""
+    if importlib.util.find_spec("safetensors"):
+        return ""
+    return "the package safetensors is not installed; run pip install safetensors"
+
+
+def as_safetensors(state: State) -> bytes:
+    """The file of these tensors, which `read` reads where they have published names."""
+    from safetensors.torch import save
+
+    return save({key: value.contiguous() for key, value in state.items()}, metadata={"format": "pt"})
+
+
+def published(backbone: Mapping[str, Tensor], classifier: Mapping[str, Tensor] | None = None) -> State:
+    """A ReActNet of ours under the names of BURN's release, which `split` takes back.
+
+    Args:
+        backbone, classifier: states of a `ReActNet` and of a linear layer on its features. That layer is `fc`, as in
+            ReActNet's own files; where the network has BURN's pooled MLP, which is `fc.0` there, it is `classifier`.
+    """
+    doubling = {key.split(".")[1] for key in backbone if ".conv1x1.1." in key}
+    names: State = {}
+    for key, value in backbone.items():
+        room, rest = key.split(".", 1)
+        if room == "blocks":
+            place, rest = rest.split(".", 1)
+            name, leaf = rest.rsplit(".", 1)
+            unused = _SAME_ONLY if place in doubling else _DOUBLING_ONLY
+            theirs = next(old for old, ours in _BLOCK_NAMES.items() if ours == name and old not in unused)
+            names[f"feature.{int(place) + 1}.{theirs}.{leaf}"] = value
+        elif room == "stem":
+            names[f"feature.0.{('conv1', 'bn1')[int(rest[0])]}.{rest[2:]}"] = value
+        else:
+            names[f"fc.0.{rest}"] = value
+    room = "classifier" if "fc.weight" in backbone else "fc"
+    return names | {f"{room}.{leaf}": value for leaf, value in (classifier or {}).items()}
+
+
 def _what(start: bytes) -> str:
     """What a file is that torch.save has not written, from its first bytes, and what to do."""
     text = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
@@ -115,8 +173,6 @@ def _what(start: bytes) -> str:
     for name, (magic, command) in _PACKED.items():
         if start.startswith(magic):
             return f"is packed with {name}; unpack it with {command}"
-    if start[8:10] in (b'{"', b"{}"):
-        return "is a safetensors file; write it anew with torch.save(safetensors.torch.load_file(...), ...)"
     return f"was not written by torch.save, it begins with {start[:8]!r}; expected a file of tensors"
 
 
@@ -163,7 +219,11 @@ def _split(content: Any, path: Path) -> dict[str, State]:
             part = _reactnet({key: value for key, value in state.items() if not key.startswith("fc.")})
             return {"student": part, "backbone": part, "head": head}
         part = _reactnet(state)
-        return {"student": part, "backbone": part}
+        parts = {"student": part, "backbone": part}
+        for place in ("fc.", "classifier."):  # of ReActNet's own files, and of ours beside BURN's `fc.0`
+            if f"{place}weight" in state:
+                parts["classifier"] = {leaf: state[place + leaf] for leaf in ("weight", "bias")}
+        return parts
     if "conv1.weight" in state and "layer1.0.conv1.weight" in state:
         parts = {"backbone": {key: value for key, value in state.items() if not key.startswith("fc.")}}
         if "fc.2.weight" in state:  # MoCo's projection head
@@ -230,7 +290,7 @@ def _reactnet(state: Mapping[str, Tensor]) -> State:
         if match := re.fullmatch(r"fc\.0\.(weight|bias)", key):
             renamed[f"fc.{match[1]}"] = value
             continue
-        if key.startswith("fc."):
+        if key.startswith(("fc.", "classifier.")):
             continue  # a classifier or projection on top, not part of the backbone
         match = re.fullmatch(r"feature\.(\d+)\.(\w+)\.(\w+)", key)
         if not match:

@@ -79,6 +79,7 @@ def test_optional_packages_are_imported_where_they_are_used():
         "nvidia": ("loaders/dali_loader.py",),
         "matplotlib": ("engine/results/figures.py", "tools/"),
         "sklearn": ("tools/",),
+        "safetensors": ("models/weights.py",),
     }
     for room in (*ROOMS, "tools"):
         for path in (ROOT / room).rglob("*.py"):

@@ -121,6 +121,10 @@ class Method(nn.Module):
         """The network that is evaluated and exported: images [B, 3, H, W] to features [B, D]."""
         raise NotImplementedError
 
+    def deployed(self) -> tuple[nn.Module, nn.Module | None]:
+        """What is used after training: the network up to what a classifier sees, and the classifier, if it has one."""
+        return self.evaluated, None
+
 
 def available() -> list[str]:
     """Names that a recipe's `method.name` can take."""

@@ -5,6 +5,7 @@ With a `teacher` the labels give way to its soft targets, as in ReActNet's own t
 
 from __future__ import annotations
 
+import copy
 from typing import Literal
 
 import torch
@@ -153,3 +154,11 @@ class Classify(Method):
     def evaluated(self) -> nn.Module:
         """The backbone."""
         return self.backbone
+
+    def deployed(self) -> tuple[nn.Module, nn.Module]:
+        """The backbone, without `fc` where that is not looked at, and the classifier."""
+        if self.config.trains != "pre-fc":
+            return self.backbone, self.classifier
+        backbone = copy.deepcopy(self.backbone)
+        backbone.fc = None
+        return backbone, self.classifier
