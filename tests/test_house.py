@@ -15,7 +15,12 @@ from models import methods
 from tests.processes import PATIENCE, tool
 from tests.tiny import RECIPES, ROOT
 
-ROOMS = {"engine": {"engine", "loaders", "models"}, "loaders": {"loaders"}, "models": {"models"}}
+ROOMS = {
+    "engine": {"engine", "loaders", "models", "runtime"},
+    "loaders": {"loaders"},
+    "models": {"models"},
+    "runtime": {"runtime"},
+}
 TOOLS = sorted(path for path in (ROOT / "tools").glob("*.py") if path.name != "_root.py")
 DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "recipes/README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -33,11 +38,19 @@ def imported(path):
 
 @pytest.mark.parametrize("room", ROOMS)
 def test_imports_flow_one_way(room):
-    ours = {"engine", "loaders", "models", "tools", "tests"}
+    ours = {*ROOMS, "tools", "tests"}
     for path in (ROOT / room).rglob("*.py"):
         for name in imported(path):
             top = name.split(".")[0]
             assert top not in ours or top in ROOMS[room], f"{path} imports {name}"
+
+
+def test_the_runtime_needs_numpy_alone():
+    for path in (ROOT / "runtime").rglob("*.py"):
+        for name in imported(path):
+            top = name.split(".")[0]
+            images = top == "PIL" and path.name == "__main__.py"  # an extra, for those who give it a JPEG
+            assert top in {*sys.stdlib_module_names, "numpy", "runtime"} or images, f"{path} imports {name}"
 
 
 def test_what_trains_knows_nothing_of_measuring_and_drawing():

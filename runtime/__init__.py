@@ -1,0 +1,1 @@
+"""Trained binary networks on a CPU, without PyTorch."""
