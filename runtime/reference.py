@@ -78,7 +78,8 @@ def counts(layer: Layer, s: Signs) -> Floats:
     for tap, (ky, kx) in enumerate(np.ndindex(record.kernel, record.kernel)):
         inside = _tap(signed, ky, kx, side, record.stride).reshape(-1, record.channels_in)
         c += inside @ weight[:, tap].T  # exact in any order: whole numbers far below 2^24
-    return ((0 - c) * np.float32(0.5)).reshape(batch, side, side, -1)  # 0 - c, since no count is -0
+    c = (0 - c) * np.float32(0.5)  # not -c / 2: no count is -0
+    return c.reshape(batch, side, side, record.channels_out)
 
 
 def half_block(layer: Layer, s: Signs, x: Floats) -> Floats:
@@ -103,8 +104,9 @@ def half_block(layer: Layer, s: Signs, x: Floats) -> Floats:
 
 def mean(x: Floats) -> Floats:
     """[B, H, W, C] to [B, C]: added to 0 pixel by pixel, row by row; then divided by their number."""
-    x = x.reshape(len(x), -1, x.shape[3])
-    return (np.cumsum(x, axis=1)[:, -1] + np.float32(0)) / np.float32(x.shape[1])  # + 0, as from 0: no -0
+    count, height, width, channels = x.shape
+    total = np.cumsum(x.reshape(count, height * width, channels), axis=1)[:, -1]
+    return (total + np.float32(0)) / np.float32(height * width)  # + 0: a sum that begins at 0 is never -0
 
 
 def linear(layer: Layer, x: Floats) -> Floats:
