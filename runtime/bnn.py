@@ -192,15 +192,37 @@ def read(source: Path | bytes, *, limits: Limits = DEFAULT) -> Network:
     """
     if isinstance(source, bytes):
         return _parse(source, limits)
-    with open(source, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if size > limits.memory:
-            raise BnnError(f"{source}: has {size} bytes, at most {limits.memory} are read")
-        content = file.read(size + 1)
     try:
-        return _parse(content, limits)
+        return _parse(content_of(source, limits=limits), limits)
     except BnnError as error:
         raise BnnError(f"{source}: {error}") from None
+
+
+def content_of(path: Path, *, limits: Limits = DEFAULT) -> bytes:
+    """The bytes of a file, unless they are too many.
+
+    Raises:
+        BnnError: it exceeds `limits`.
+        OSError: the file cannot be opened.
+    """
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limits.memory:
+            raise BnnError(f"has {size} bytes, at most {limits.memory} are read")
+        return file.read(size + 1)
+
+
+def check_images(images: NDArray[Any], side: int) -> None:
+    """Refuse what is not a batch of images.
+
+    Raises:
+        BnnError: another shape or type than uint8 [B, side, side, 3] or float32 [B, 3, side, side].
+    """
+    if (images.dtype, *images.shape[1:]) not in ((np.uint8, side, side, 3), (np.float32, 3, side, side)):
+        raise BnnError(
+            f"images: expected uint8 [B, {side}, {side}, 3] or float32 [B, 3, {side}, {side}], "
+            f"got {images.dtype} {list(images.shape)}"
+        )
 
 
 def _parse(content: bytes, limits: Limits) -> Network:

@@ -11,20 +11,29 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.bnn import DOUBLED, HALF_BLOCK, LINEAR, MEAN, POOLED, RELU, STEM, Layer, Network
+from runtime.bnn import DOUBLED, HALF_BLOCK, LINEAR, MEAN, POOLED, RELU, STEM, Layer, Network, check_images
 
 Floats = NDArray[np.float32]
 Signs = NDArray[np.bool_]
 
 
 def run(network: Network, images: NDArray[Any]) -> Floats:
-    """Images, uint8 [B, S, S, 3] or normalized float32 [B, 3, S, S], to the last layer's outputs [B, outputs]."""
+    """Images, uint8 [B, S, S, 3] or normalized float32 [B, 3, S, S], to the last layer's outputs [B, outputs].
+
+    Raises:
+        BnnError: images of another shape or type.
+    """
     return stream(network, images, len(network.layers))
 
 
 def stream(network: Network, images: NDArray[Any], upto: int) -> Floats:
-    """What the first `upto` layers, at least the stem, make of images: a map [B, H, W, C], or [B, C] after the mean."""
+    """What the first `upto` layers, at least the stem, make of images: a map [B, H, W, C], or [B, C] after the mean.
+
+    Raises:
+        BnnError: images of another shape or type.
+    """
     assert 0 < upto <= len(network.layers)
+    check_images(images, network.side)
     first = network.layers[0]
     with np.errstate(all="ignore"):  # infinity and NaN are results like others
         x = stem(first, pixels(first, images))

@@ -400,3 +400,9 @@ def test_the_mean_is_a_sum_in_order_from_zero():
             total = total + x[:, row, column]
     assert reference.mean(x).tobytes() == (total / np.float32(49)).tobytes()
     assert not np.signbit(reference.mean(x)[0, 0])
+
+
+def test_other_images_are_refused():
+    for images in (np.zeros((1, 3, 8, 8)), np.zeros((1, 8, 8, 3), np.float32), random_images(1, 9)):
+        with pytest.raises(BnnError, match=r"images: expected uint8 \[B, 8, 8, 3\] or float32 \[B, 3, 8, 8\], got "):
+            reference.run(random_network(), images)
