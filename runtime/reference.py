@@ -16,6 +16,9 @@ from runtime.bnn import DOUBLED, HALF_BLOCK, LINEAR, MEAN, POOLED, RELU, STEM, L
 Floats = NDArray[np.float32]
 Signs = NDArray[np.bool_]
 
+_SIGNS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little") * np.float32(2) - 1
+"""What the bits of a byte stand for [256, 8]."""
+
 
 def run(network: Network, images: NDArray[Any]) -> Floats:
     """Images, uint8 [B, S, S, 3] or normalized float32 [B, 3, S, S], to the last layer's outputs [B, outputs].
@@ -79,8 +82,7 @@ def counts(layer: Layer, s: Signs) -> Floats:
     """
     record = layer.record
     words = np.ascontiguousarray(layer.blobs["bits"]).astype("<u4", copy=False)
-    bits = np.unpackbits(words.view(np.uint8), axis=2, count=record.channels_in, bitorder="little")
-    weight = np.where(bits, np.float32(1), np.float32(-1))
+    weight = _SIGNS.take(words.view(np.uint8), axis=0).reshape(*words.shape[:2], -1)[..., : record.channels_in]
     batch, side, border = len(s), -(-s.shape[1] // record.stride), record.kernel // 2
     signed = np.pad(np.where(s, np.float32(1), np.float32(-1)), ((0, 0), (border, border), (border, border), (0, 0)))
     c = np.zeros((batch * side * side, record.channels_out), np.float32)
