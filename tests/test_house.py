@@ -46,7 +46,7 @@ def test_imports_flow_one_way(room):
 
 
 def test_the_runtime_needs_numpy_alone():
-    for path in (ROOT / "runtime").rglob("*.py"):
+    for path in set((ROOT / "runtime").rglob("*.py")) - {ROOT / "runtime/setup.py"}:
         for name in imported(path):
             top = name.split(".")[0]
             images = top == "PIL" and path.name == "__main__.py"  # an extra, for those who give it a JPEG
