@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.bnn import DEFAULT, BnnError, Limits
+from runtime.bnn import DEFAULT, BnnError, Limits, check_images
 
 _ABI = 1
 _MESSAGE = 200  # bytes of a message
@@ -131,14 +131,8 @@ class Net:
     def stream(self, images: NDArray[Any], upto: int, threads: int = 1) -> NDArray[np.float32]:
         """What the first `upto` layers make of images, a map [B, H, W, C] or [B, C] after the mean; raises as `run`."""
         assert 0 < upto <= self.layers
-        side = self.side
-        forms = {np.dtype(np.uint8): (_BYTES, (side, side, 3)), np.dtype(np.float32): (_FLOATS, (3, side, side))}
-        kind, shape = forms.get(images.dtype, (None, ()))
-        if kind is None or images.shape[1:] != shape:
-            raise BnnError(
-                f"images: expected uint8 [B, {side}, {side}, 3] or float32 [B, 3, {side}, {side}], "
-                f"got {images.dtype} {list(images.shape)}"
-            )
+        check_images(images, self.side)
+        kind = _BYTES if images.dtype == np.uint8 else _FLOATS
         if not 1 <= threads <= MAX_THREADS:
             raise BnnError(f"threads: expected 1 to {MAX_THREADS}, got {threads}")
         images = np.ascontiguousarray(images)
