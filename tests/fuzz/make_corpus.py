@@ -1,6 +1,6 @@
-"""Seed inputs for the fuzzer: small JPEGs of every variant, whole and broken, behind varied choices.
+"""Seed inputs for the fuzzers: small JPEGs of every variant, whole and broken, behind varied choices; small networks.
 
-python tests/fuzz/make_corpus.py FOLDER
+python -m tests.fuzz.make_corpus FOLDER
 """
 
 import io
@@ -9,6 +9,9 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from runtime import bnn
+from tests.packed import random_network
 
 HEAD = 44
 
@@ -32,9 +35,22 @@ def jpegs():
         yield out.getvalue()
 
 
+def networks():
+    for number, (width, multiples) in enumerate(
+        [(2, (1, 2)), (2, (1, 1, 2, 4)), (8, (1, 2, 4)), (34, (1, 1)), (64, (1, 2))]
+    ):
+        for number_type in (bnn.FLOAT32, bnn.FLOAT16, bnn.INT8):
+            shape = {"width": width, "multiples": multiples, "side": 4 * (1 + number), "stem_stride": 1 + number % 2}
+            yield bnn.to_bytes(random_network(**shape, number_type=number_type))
+
+
 def main():
-    folder = Path(sys.argv[1])
-    folder.mkdir(parents=True, exist_ok=True)
+    for folder in ("turbo_seeds", "runtime_seeds"):
+        (Path(sys.argv[1]) / folder).mkdir(parents=True, exist_ok=True)
+    for number, content in enumerate(networks()):
+        for choice in (0, 1, 2, 0x14, 0x38):
+            (Path(sys.argv[1]) / "runtime_seeds" / f"{number:02d}_{choice:02x}").write_bytes(bytes([choice]) + content)
+    folder = Path(sys.argv[1]) / "turbo_seeds"
     rng = np.random.default_rng(1)
     for number, content in enumerate(jpegs()):
         broken = bytearray(content)
