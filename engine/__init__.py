@@ -1,1 +1,1 @@
-"""The run: recipe, loop, schedules, optimizers, checkpoints, logs, evaluations. Imports loaders and models."""
+"""The run: recipe, loop, schedules, optimizers, checkpoints, logs, evaluations. Imports loaders, models and runtime."""

@@ -44,6 +44,12 @@ class NotFiniteState(CheckpointError):
     """The state to be saved holds a number that is not finite."""
 
 
+class ExportError(EngineError, ValueError):
+    """A network that cannot be packed, or that answers otherwise once it is; names the file that it came from."""
+
+    exit_code = 2
+
+
 class DeviceError(EngineError):
     """The device that a recipe asks for is not there."""
 

@@ -40,6 +40,13 @@ def _gpu(number: int) -> str:
         return first_line(error)
 
 
+def engine_version() -> str:
+    """Of this engine, "" where it runs without being installed."""
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        return metadata.version("burn-engine")
+    return ""
+
+
 def versions() -> dict[str, str]:
     """Versions of the packages that numbers and pixels depend on."""
     found = {"torch": str(torch.__version__)}

@@ -12,6 +12,8 @@ from engine import recipe as recipes
 from engine.results.chain import Run
 from tests.images import jpeg, picture
 from tests.processes import tool
+from tests.runs import run
+from tests.tiny import tiny
 
 demo = tool("demo")
 
@@ -19,6 +21,14 @@ demo = tool("demo")
 def call(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["demo.py", *map(str, arguments)])
     return demo.main()
+
+
+def test_the_demo_ends_with_a_packed_network(tmp_path):
+    recipe = tiny("quick/linear.yaml", tmp_path, "run.duration=2it", "evals=[]")
+    run(recipe)
+    said = demo.pack(recipe, tmp_path / "net.bnn")
+    size = (tmp_path / "net.bnn").stat().st_size
+    assert f"{size:,} bytes" in said and "16 of 16 images get PyTorch's answer" in said and "\n" not in said
 
 
 def write_photos(root, count=40):

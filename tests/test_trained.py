@@ -108,7 +108,7 @@ def test_what_cannot_be_opened_is_one_line(pretrained, tmp_path):
     torch.save(wrong, tmp_path / "wrong.pt")
     for path, step, text in (
         (tmp_path / "empty", None, "expected a complete checkpoint in it, found none yet"),
-        (pretrained.folder, 7, "no complete checkpoint of step 7, found 1, 2"),
+        (pretrained.folder, 7, r"no complete checkpoint of step \d, found 1, 2"),
         (newest, 1, "a step can be chosen in a run folder only"),
         (damaged, None, "damaged, its content does not match"),
         (tmp_path / "wrong.pt", None, "is of another network than its recipe: Missing key"),

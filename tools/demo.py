@@ -28,6 +28,7 @@ import loaders
 from engine import checkpoint, train
 from engine import recipe as recipes
 from engine.errors import Stopped, guarded
+from engine.export import export
 from engine.log import duration, to_console
 from engine.provenance import environment
 from engine.recipe import Recipe
@@ -35,6 +36,7 @@ from engine.results.chain import Chain, Run, init_from, probe_of
 from engine.results.figures import pyplot, score_bars
 from engine.results.runs import curve, final, metrics, write_json
 from engine.results.scores import Outcome, Score, mean_std, table
+from engine.trained import open_trained
 from loaders import DataError
 from loaders.augment import to_pixels
 from loaders.config import Request
@@ -287,6 +289,7 @@ def run_demo(out: Path, seeds: int, json: Path | None) -> None:
         f"![curves](report.png)\n\nCurves are those of seed 0. Recipes: `recipes/quick/`. {elapsed}.\n",
         encoding="utf-8",
     )
+    packed = pack(chains[0]["stage 2"].runs[-1].recipe(), out / "stage2.bnn")
     if json:
         record = {
             "title": heading,
@@ -301,7 +304,17 @@ def run_demo(out: Path, seeds: int, json: Path | None) -> None:
             "environment": environment(),
         }
         write_json(record, json)
-    print(f"\n{text}\n\n{closing}\nreport: {out / 'report.md'} and {figure}, {elapsed}")
+    print(f"\n{text}\n\n{closing}\n{packed}\nreport: {out / 'report.md'} and {figure}, {elapsed}")
+
+
+def pack(recipe: Recipe, path: Path) -> str:
+    """Export what a run trained, and say how it compares with PyTorch on all validation images."""
+    report = export(open_trained(recipe.folder), path, check=sys.maxsize, force=True)
+    return (
+        f"{path}: {report.bytes:,} bytes, {report.float32_bytes / report.bytes:.1f} times smaller than in float32; "
+        f"{report.agreed} of {report.images} images get PyTorch's answer; {report.ms:.2f} ms an image "
+        f"({report.kernels}), PyTorch {report.pytorch_ms:.2f}"
+    )
 
 
 # ------------------------------------------------------------------------------------------------ pictures
