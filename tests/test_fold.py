@@ -180,7 +180,7 @@ def test_a_network_is_pytorchs_in_float64_where_the_signs_agree(pooled_mlp, clas
     content = bnn.to_bytes(packed(fold(network, classifier, linear="float32"), 32))
     read = bnn.read(content)
     assert read.feature_layers == len(read.layers) - classifies
-    images = torch.randn(64, 3, 32, 32)
+    images = torch.randn(32, 3, 32, 32)
     signs = []
     wide = copy.deepcopy(network).double()
     for module in wide.modules():
@@ -190,9 +190,9 @@ def test_a_network_is_pytorchs_in_float64_where_the_signs_agree(pooled_mlp, clas
         expected = wide(images.double())
         expected = (copy.deepcopy(classifier).double()(expected) if classifies else expected).numpy()
     found = reference.run(read, images.numpy())
-    assert found.shape == expected.shape == (64, 5 if classifies else 32)
+    assert found.shape == expected.shape == (32, 5 if classifies else 32)
 
-    agree = np.ones(64, bool)
+    agree = np.ones(32, bool)
     # A doubling block's two convolutions see the same signs.
     convolutions = [m for m in wide.modules() if isinstance(m, BinaryConv2d)]
     seen = iter(signs)
