@@ -31,6 +31,7 @@ class Runtime:
         path: a file that tools/export.py wrote.
         threads: how many work on a call.
         kernels: a name of `native.kernels()`, or "numpy"; None for what BNN_KERNELS says, else for the fastest here.
+        limits: what a file may ask for; lower them for files that strangers bring.
 
     Raises:
         BnnError: what `bnn.read` refuses, kernels that this CPU cannot run, other than 1 to 64 threads.
@@ -40,22 +41,29 @@ class Runtime:
     info: dict[str, Any]
     """The file's metadata, and `side` of the images, `outputs`, `features`, `bytes`, `kernels`, `threads`."""
 
-    def __init__(self, path: str | os.PathLike[str], *, threads: int = 1, kernels: str | None = None) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        threads: int = 1,
+        kernels: str | None = None,
+        limits: bnn.Limits = bnn.DEFAULT,
+    ) -> None:
         if not 1 <= threads <= native.MAX_THREADS:
             raise BnnError(f"threads: expected 1 to {native.MAX_THREADS}, got {threads}")
-        kernels = kernels or os.environ.get("BNN_KERNELS")
+        kernels = kernels or os.environ.get("BNN_KERNELS") or None
         if kernels is None and native.why_missing():
             _say_once(native.why_missing())
             kernels = NUMPY
         try:
-            content = bnn.content_of(Path(path))
-            network = bnn.read(content)
+            content = bnn.content_of(Path(path), limits=limits)
+            network = bnn.read(content, limits=limits)
         except BnnError as error:
             raise BnnError(f"{path}: {error}") from None
         self._threads = threads
         # One of both, so that a file's arrays are in memory once.
         self._network = network if kernels == NUMPY else None
-        self._net = None if kernels == NUMPY else native.Net(content, kernels)
+        self._net = None if kernels == NUMPY else native.Net(content, kernels, limits=limits)
         self.info = network.metadata | {
             "side": network.side,
             "outputs": network.outputs,

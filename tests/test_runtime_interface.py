@@ -79,6 +79,8 @@ def test_bad_files_kernels_and_threads_are_one_line(tmp_path, path, kernels):
         Runtime(tmp_path / "cut.bnn", kernels=kernels)
     with pytest.raises(FileNotFoundError):
         Runtime(tmp_path / "none.bnn", kernels=kernels)
+    with pytest.raises(BnnError, match=r"net\.bnn: header: images of side 32, expected 1 to 31"):
+        Runtime(path, kernels=kernels, limits=bnn.Limits(side=31))
     for threads in (0, 65):
         with pytest.raises(BnnError, match=f"threads: expected 1 to 64, got {threads}"):
             Runtime(path, kernels=kernels, threads=threads)
