@@ -9,6 +9,7 @@ COPY setup.cfg setup.py pyproject.toml README.md LICENSE NOTICE ./
 COPY engine engine
 COPY models models
 COPY loaders loaders
+COPY runtime runtime
 RUN pip install --no-cache-dir --editable ".[demo,dali]"
 COPY recipes recipes
 COPY tools tools

@@ -327,7 +327,8 @@ def test_arm_to_the_bit(tmp_path):
 
 @pytest.mark.slow
 def test_the_runtime_installs_alone(tmp_path):
-    shutil.copytree(RUNTIME, tmp_path / "runtime", ignore=shutil.ignore_patterns("*.so", "*.egg-info", "__pycache__"))
+    pytest.importorskip("setuptools")
+    shutil.copytree(RUNTIME, tmp_path / "source", ignore=shutil.ignore_patterns("*.so", "*.egg-info", "__pycache__"))
     venv.create(tmp_path / "venv", symlinks=True)
     python = tmp_path / "venv/bin/python"
     site = next((tmp_path / "venv/lib").glob("*/site-packages"))
@@ -335,14 +336,14 @@ def test_the_runtime_installs_alone(tmp_path):
         found = Path(np.__file__).parent.parent / name
         if found.exists():
             (site / name).symlink_to(found)
-    pytest.importorskip("setuptools", reason="setuptools, which builds it, is not installed")
-    pip, options = [sys.executable, "-m", "pip"], ["--no-index", "--no-deps"]
-    built = [*pip, "wheel", *options, "--no-build-isolation", "--wheel-dir", tmp_path / "wheels", tmp_path / "runtime"]
-    subprocess.run(built, check=True, capture_output=True, timeout=PATIENCE)
-    (wheel,) = (tmp_path / "wheels").iterdir()
-    subprocess.run(
-        [*pip, "--python", python, "install", *options, wheel], check=True, capture_output=True, timeout=PATIENCE
-    )
+    offline, pip = ("--no-index", "--no-deps"), [sys.executable, "-m", "pip"]
+    wheels = tmp_path / "wheels"
+    for command in (
+        [*pip, "wheel", *offline, "--no-build-isolation", "--wheel-dir", wheels, tmp_path / "source"],
+        [*pip, "--python", python, "install", *offline, "--find-links", wheels, "burn-runtime"],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+        assert done.returncode == 0, done.stderr
     network, images = random_network(), random_images(2, 8)
     bnn.write(network, tmp_path / "net.bnn")
     np.save(tmp_path / "images.npy", images)
