@@ -1,7 +1,9 @@
 """Trained binary networks on a CPU, without PyTorch.
 
-network = Runtime("net.bnn")
-network.run(images)  # uint8 [B, S, S, 3] to float32 [B, classes]
+    network = Runtime("net.bnn")
+    network.run(images)  # uint8 [B, S, S, 3] to float32 [B, classes]
+
+`python -m runtime` does it for pictures.
 """
 
 from __future__ import annotations
