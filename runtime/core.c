@@ -37,6 +37,7 @@
 #define TEXT(x) TEXT_(x)
 #define ALIGNMENT 64
 #define MOST_CHANNELS 16384      /* 3 rows of taps stay below 2^16 */
+#define ALL_AT_ONCE 7281         /* channels of which all nine taps do */
 #define MOST_SIDE 16384
 #define MOST_METADATA (1 << 20)
 #define BAND_BYTES (256 << 10)   /* of what is between two halves */
@@ -101,6 +102,14 @@ INLINE const int32_t *start_of(const Layer *l, const Row *r, int32_t block, int3
   return l->start + (size_t)(kernel == 3 ? edges : 0) * (size_t)l->out_room + 32 * block;
 }
 
+/* Rows of taps that lie within the map, and the signs under the first tap of one of them. */
+INLINE int first_row(const Row *r, int kernel) { return kernel == 3 && r->edges & TOP ? 1 : 0; }
+INLINE int end_row(const Row *r, int kernel) { return kernel == 3 && r->edges & BOTTOM ? 2 : kernel; }
+INLINE const uint32_t *taps_of(const Layer *l, const Row *r, int32_t x, int ky, int kernel) {
+  const uint32_t *pixel = r->in + (size_t)x * (size_t)l->stride * (size_t)l->words;
+  return kernel == 1 ? pixel : pixel + (ptrdiff_t)(ky - 1) * (ptrdiff_t)r->in_row - l->words;
+}
+
 /* ------------------------------------------------------------------------------------------------ plain C */
 
 /* Bits of each byte, in each byte. Written out, since without an instruction for it the builtin is a call. */
@@ -116,17 +125,17 @@ INLINE void count_plain(const Layer *l, const Row *r, int32_t block, int32_t x, 
   (void)blocks;
   for (int p = 0; p < pixels; p++) memcpy(counts[p], start_of(l, r, block, x + p, kernel), sizeof counts[p]);
   const uint32_t *w = (const uint32_t *)l->weights + (size_t)block * (size_t)(kernel * kernel) * k * 32;
-  for (int t = 0; t < kernel * kernel; t++, w += k * 32) {
-    if (kernel == 3 && ((t < 3 && r->edges & TOP) || (t > 5 && r->edges & BOTTOM))) continue;
-    const uint32_t *a = r->in + (size_t)x * step;
-    if (kernel == 3) a = a + (ptrdiff_t)(t / 3 - 1) * (ptrdiff_t)r->in_row + (ptrdiff_t)(t % 3 - 1) * (ptrdiff_t)k;
+  const int first = first_row(r, kernel), end = end_row(r, kernel);
+  const size_t run = (size_t)kernel * k; /* taps of a row lie side by side, in both */
+  for (int ky = first; ky < end; ky++) {
+    const uint32_t *a = taps_of(l, r, x, ky, kernel), *row = w + (size_t)ky * run * 32;
     for (int p = 0; p < pixels; p++)
-      for (size_t from = 0; from < k; from += 31) { /* 31 words of at most 8 bits a byte */
-        const size_t end = from + 31 < k ? from + 31 : k;
+      for (size_t from = 0; from < run; from += 31) { /* 31 words of at most 8 bits a byte */
+        const size_t to = from + 31 < run ? from + 31 : run;
         uint32_t bytes[32] = {0};
-        for (size_t j = from; j < end; j++) {
-          const uint32_t value = a[(size_t)p * step + j], *row = w + j * 32;
-          for (int c = 0; c < 32; c++) bytes[c] += bits_of_bytes(row[c] ^ value);
+        for (size_t j = from; j < to; j++) {
+          const uint32_t value = a[(size_t)p * step + j];
+          for (int c = 0; c < 32; c++) bytes[c] += bits_of_bytes(row[j * 32 + (size_t)c] ^ value);
         }
         for (int c = 0; c < 32; c++) {
           const uint32_t pairs = (bytes[c] & 0x00ff00ff) + (bytes[c] >> 8 & 0x00ff00ff);
@@ -197,7 +206,7 @@ INLINE AVX512 void count_avx512(const Layer *l, const Row *r, int32_t block, int
     sums[p][0] = _mm512_load_si512(start), sums[p][1] = _mm512_load_si512(start + 16);
   }
   if (kernel == 1) {
-    const uint32_t *a = r->in + (size_t)x * step;
+    const uint32_t *a = taps_of(l, r, x, 0, kernel);
     for (size_t j = 0; j < k; j++) {
       const __m512i w0 = _mm512_load_si512(w + j * 32), w1 = _mm512_load_si512(w + j * 32 + 16);
 #pragma GCC unroll 8
@@ -208,9 +217,9 @@ INLINE AVX512 void count_avx512(const Layer *l, const Row *r, int32_t block, int
       }
     }
   } else {
-    const int first = r->edges & TOP ? 1 : 0, end = r->edges & BOTTOM ? 2 : 3;
+    const int first = first_row(r, kernel), end = end_row(r, kernel);
     for (int ky = first; ky < end; ky++) {
-      const uint32_t *a = r->in + (ptrdiff_t)(ky - 1) * (ptrdiff_t)r->in_row + (ptrdiff_t)((size_t)x * step) - (ptrdiff_t)k;
+      const uint32_t *a = taps_of(l, r, x, ky, kernel);
       const uint32_t *s = r->parity + (ptrdiff_t)(ky - 1) * (ptrdiff_t)r->parity_row + (size_t)x * k;
       const uint32_t *row = w + (size_t)ky * 3 * k * 32;
       for (size_t j = 0; j < k; j++) {
@@ -296,62 +305,64 @@ INLINE AVX2 void add_counts_avx2(int32_t *counts, __m128i low, __m128i high) {
 
 INLINE AVX2 void count_avx2(const Layer *l, const Row *r, int32_t block, int32_t x, int32_t (*counts)[32],
                             const int pixels, const int blocks, const int kernel) {
-  const size_t bytes = 4 * (size_t)l->words, step = (size_t)l->stride * bytes, taps = (size_t)(kernel * kernel);
+  const size_t bytes = 4 * (size_t)l->words, step = (size_t)l->stride * bytes;
+  const size_t run = (size_t)kernel * bytes, of_block = run * (size_t)kernel * 32;
   const __m256i low = _mm256_set1_epi8(15), byte = _mm256_set1_epi16(255);
+  const int first = first_row(r, kernel), end = end_row(r, kernel);
+  __m256i wide[3][2][2];
   for (int o = 0; o < blocks; o++)
     for (int p = 0; p < pixels; p++)
       memcpy(counts[o * pixels + p], start_of(l, r, block + o, x + p, kernel), sizeof *counts);
-  const int first = kernel == 3 && r->edges & TOP ? 1 : 0, end = kernel == 1 ? 1 : r->edges & BOTTOM ? 2 : 3;
+#pragma GCC unroll 4
+  for (int p = 0; p < pixels; p++)
+#pragma GCC unroll 2
+    for (int o = 0; o < blocks; o++) wide[p][o][0] = wide[p][o][1] = _mm256_setzero_si256();
   for (int ky = first; ky < end; ky++) {
-    __m256i wide[3][2][2];
+    const uint8_t *a = (const uint8_t *)taps_of(l, r, x, ky, kernel);
+    const uint8_t *w = (const uint8_t *)l->weights + (size_t)block * of_block + (size_t)ky * run * 32;
+    for (size_t from = 0; from < run; from += 31) { /* 31 bytes of at most 8 bits */
+      const size_t to = from + 31 < run ? from + 31 : run;
+      __m256i sums[3][2];
 #pragma GCC unroll 4
-    for (int p = 0; p < pixels; p++)
+      for (int p = 0; p < pixels; p++)
 #pragma GCC unroll 2
-      for (int o = 0; o < blocks; o++) wide[p][o][0] = wide[p][o][1] = _mm256_setzero_si256();
-    for (int kx = 0; kx < kernel; kx++) {
-      const uint8_t *a = (const uint8_t *)r->in + (size_t)x * step;
-      if (kernel == 3) a = a + (ptrdiff_t)(ky - 1) * 4 * (ptrdiff_t)r->in_row + (ptrdiff_t)(kx - 1) * (ptrdiff_t)bytes;
-      const uint8_t *w = (const uint8_t *)l->weights + ((size_t)block * taps + (size_t)(ky * kernel + kx)) * bytes * 32;
-      for (size_t from = 0; from < bytes; from += 31) { /* 31 bytes of at most 8 bits */
-        const size_t to = from + 31 < bytes ? from + 31 : bytes;
-        __m256i sums[3][2];
-#pragma GCC unroll 4
-        for (int p = 0; p < pixels; p++)
+        for (int o = 0; o < blocks; o++) sums[p][o] = _mm256_setzero_si256();
+      for (size_t j = from; j < to; j++) {
+        __m256i lows[2], highs[2];
 #pragma GCC unroll 2
-          for (int o = 0; o < blocks; o++) sums[p][o] = _mm256_setzero_si256();
-        for (size_t j = from; j < to; j++) {
-          __m256i lows[2], highs[2];
-#pragma GCC unroll 2
-          for (int o = 0; o < blocks; o++) {
-            const __m256i v = _mm256_load_si256((const __m256i *)(w + ((size_t)o * taps * bytes + j) * 32));
-            lows[o] = _mm256_and_si256(v, low), highs[o] = _mm256_and_si256(_mm256_srli_epi16(v, 4), low);
-          }
-#pragma GCC unroll 4
-          for (int p = 0; p < pixels; p++) {
-            const uint8_t value = a[(size_t)p * step + j];
-            const __m256i t0 = table_avx2(value, 0), t1 = table_avx2(value, 1);
-#pragma GCC unroll 2
-            for (int o = 0; o < blocks; o++)
-              sums[p][o] = _mm256_add_epi8(sums[p][o], _mm256_add_epi8(_mm256_shuffle_epi8(t0, lows[o]),
-                                                                       _mm256_shuffle_epi8(t1, highs[o])));
-          }
+        for (int o = 0; o < blocks; o++) {
+          const __m256i v = _mm256_load_si256((const __m256i *)(w + (size_t)o * of_block + j * 32));
+          lows[o] = _mm256_and_si256(v, low), highs[o] = _mm256_and_si256(_mm256_srli_epi16(v, 4), low);
         }
 #pragma GCC unroll 4
-        for (int p = 0; p < pixels; p++)
+        for (int p = 0; p < pixels; p++) {
+          const uint8_t value = a[(size_t)p * step + j];
+          const __m256i t0 = table_avx2(value, 0), t1 = table_avx2(value, 1);
 #pragma GCC unroll 2
-          for (int o = 0; o < blocks; o++) { /* channels 0, 2, 4 ... and 1, 3, 5 ... */
-            wide[p][o][0] = _mm256_add_epi16(wide[p][o][0], _mm256_and_si256(sums[p][o], byte));
-            wide[p][o][1] = _mm256_add_epi16(wide[p][o][1], _mm256_srli_epi16(sums[p][o], 8));
-          }
+          for (int o = 0; o < blocks; o++)
+            sums[p][o] = _mm256_add_epi8(sums[p][o], _mm256_add_epi8(_mm256_shuffle_epi8(t0, lows[o]),
+                                                                     _mm256_shuffle_epi8(t1, highs[o])));
+        }
       }
+#pragma GCC unroll 4
+      for (int p = 0; p < pixels; p++)
+#pragma GCC unroll 2
+        for (int o = 0; o < blocks; o++) { /* channels 0, 2, 4 ... and 1, 3, 5 ... */
+          wide[p][o][0] = _mm256_add_epi16(wide[p][o][0], _mm256_and_si256(sums[p][o], byte));
+          wide[p][o][1] = _mm256_add_epi16(wide[p][o][1], _mm256_srli_epi16(sums[p][o], 8));
+        }
     }
+    if (ky + 1 < end && l->in <= ALL_AT_ONCE) continue;
+#pragma GCC unroll 4
     for (int p = 0; p < pixels; p++)
+#pragma GCC unroll 2
       for (int o = 0; o < blocks; o++) {
         const __m256i even = _mm256_unpacklo_epi16(wide[p][o][0], wide[p][o][1]);
         const __m256i odd = _mm256_unpackhi_epi16(wide[p][o][0], wide[p][o][1]);
         int32_t *to = counts[o * pixels + p];
         add_counts_avx2(to, _mm256_castsi256_si128(even), _mm256_castsi256_si128(odd));
         add_counts_avx2(to + 16, _mm256_extracti128_si256(even, 1), _mm256_extracti128_si256(odd, 1));
+        wide[p][o][0] = wide[p][o][1] = _mm256_setzero_si256();
       }
   }
 }
@@ -393,48 +404,49 @@ INLINE AVX2 float sum_of_avx2(__m256 v) {
 
 INLINE void count_neon(const Layer *l, const Row *r, int32_t block, int32_t x, int32_t (*counts)[32],
                        const int pixels, const int blocks, const int kernel) {
-  const size_t bytes = 4 * (size_t)l->words, step = (size_t)l->stride * bytes, taps = (size_t)(kernel * kernel);
+  const size_t bytes = 4 * (size_t)l->words, step = (size_t)l->stride * bytes, run = (size_t)kernel * bytes;
+  const int first = first_row(r, kernel), end = end_row(r, kernel);
+  uint16x8_t wide[4][4];
   (void)blocks;
   for (int p = 0; p < pixels; p++) memcpy(counts[p], start_of(l, r, block, x + p, kernel), sizeof *counts);
-  const int first = kernel == 3 && r->edges & TOP ? 1 : 0, end = kernel == 1 ? 1 : r->edges & BOTTOM ? 2 : 3;
+#pragma GCC unroll 4
+  for (int p = 0; p < pixels; p++)
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; v++) wide[p][v] = vdupq_n_u16(0);
   for (int ky = first; ky < end; ky++) {
-    uint16x8_t wide[4][4];
+    const uint8_t *a = (const uint8_t *)taps_of(l, r, x, ky, kernel);
+    const uint8_t *w = (const uint8_t *)l->weights + ((size_t)block * (size_t)kernel + (size_t)ky) * run * 32;
+    for (size_t from = 0; from < run; from += 31) { /* 31 bytes of at most 8 bits */
+      const size_t to = from + 31 < run ? from + 31 : run;
+      uint8x16_t sums[4][2];
 #pragma GCC unroll 4
-    for (int p = 0; p < pixels; p++)
-#pragma GCC unroll 4
-      for (int v = 0; v < 4; v++) wide[p][v] = vdupq_n_u16(0);
-    for (int kx = 0; kx < kernel; kx++) {
-      const uint8_t *a = (const uint8_t *)r->in + (size_t)x * step;
-      if (kernel == 3) a = a + (ptrdiff_t)(ky - 1) * 4 * (ptrdiff_t)r->in_row + (ptrdiff_t)(kx - 1) * (ptrdiff_t)bytes;
-      const uint8_t *w = (const uint8_t *)l->weights + ((size_t)block * taps + (size_t)(ky * kernel + kx)) * bytes * 32;
-      for (size_t from = 0; from < bytes; from += 31) { /* 31 bytes of at most 8 bits */
-        const size_t to = from + 31 < bytes ? from + 31 : bytes;
-        uint8x16_t sums[4][2];
-#pragma GCC unroll 4
-        for (int p = 0; p < pixels; p++) sums[p][0] = sums[p][1] = vdupq_n_u8(0);
-        for (size_t j = from; j < to; j++) {
-          const uint8x16_t w0 = vld1q_u8(w + j * 32), w1 = vld1q_u8(w + j * 32 + 16);
-#pragma GCC unroll 4
-          for (int p = 0; p < pixels; p++) {
-            const uint8x16_t value = vdupq_n_u8(a[(size_t)p * step + j]);
-            sums[p][0] = vaddq_u8(sums[p][0], vcntq_u8(veorq_u8(value, w0)));
-            sums[p][1] = vaddq_u8(sums[p][1], vcntq_u8(veorq_u8(value, w1)));
-          }
-        }
+      for (int p = 0; p < pixels; p++) sums[p][0] = sums[p][1] = vdupq_n_u8(0);
+      for (size_t j = from; j < to; j++) {
+        const uint8x16_t w0 = vld1q_u8(w + j * 32), w1 = vld1q_u8(w + j * 32 + 16);
 #pragma GCC unroll 4
         for (int p = 0; p < pixels; p++) {
-          wide[p][0] = vaddw_u8(wide[p][0], vget_low_u8(sums[p][0]));
-          wide[p][1] = vaddw_u8(wide[p][1], vget_high_u8(sums[p][0]));
-          wide[p][2] = vaddw_u8(wide[p][2], vget_low_u8(sums[p][1]));
-          wide[p][3] = vaddw_u8(wide[p][3], vget_high_u8(sums[p][1]));
+          const uint8x16_t value = vdupq_n_u8(a[(size_t)p * step + j]);
+          sums[p][0] = vaddq_u8(sums[p][0], vcntq_u8(veorq_u8(value, w0)));
+          sums[p][1] = vaddq_u8(sums[p][1], vcntq_u8(veorq_u8(value, w1)));
         }
       }
+#pragma GCC unroll 4
+      for (int p = 0; p < pixels; p++) {
+        wide[p][0] = vaddw_u8(wide[p][0], vget_low_u8(sums[p][0]));
+        wide[p][1] = vaddw_u8(wide[p][1], vget_high_u8(sums[p][0]));
+        wide[p][2] = vaddw_u8(wide[p][2], vget_low_u8(sums[p][1]));
+        wide[p][3] = vaddw_u8(wide[p][3], vget_high_u8(sums[p][1]));
+      }
     }
+    if (ky + 1 < end && l->in <= ALL_AT_ONCE) continue;
+#pragma GCC unroll 4
     for (int p = 0; p < pixels; p++)
+#pragma GCC unroll 4
       for (int v = 0; v < 4; v++) {
         uint32_t *to = (uint32_t *)counts[p] + 8 * v;
         vst1q_u32(to, vaddw_u16(vld1q_u32(to), vget_low_u16(wide[p][v])));
         vst1q_u32(to + 4, vaddw_u16(vld1q_u32(to + 4), vget_high_u16(wide[p][v])));
+        wide[p][v] = vdupq_n_u16(0);
       }
   }
 }
