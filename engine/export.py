@@ -146,7 +146,10 @@ def export(
         )
         with_zeros = copy.deepcopy(trained.network)
         replace_zeros(with_zeros)
-        runtime = Runtime(out.part)
+        try:
+            runtime = Runtime(out.part)
+        except BnnError as error:  # BNN_KERNELS names others than this CPU has
+            raise ExportError(f"{trained.source}: packed, but cannot be run here: {error}") from None
         if said:
             _compare_answers(report, trained, with_zeros, runtime, pixels)
             if not force:

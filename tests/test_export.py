@@ -97,10 +97,8 @@ def test_bytes_become_the_floats_of_the_loader(classifier, tmp_path):
 @pytest.mark.parametrize(
     "keys",
     [
-        ["method.trains=linear", "method.standardize=true"],
         ["method.trains=pre-fc", "method.standardize=true"],
-        ["method.backbone.pooled_mlp=false"],
-        ["method.backbone.stem_stride=1"],
+        ["method.backbone.pooled_mlp=false", "method.backbone.stem_stride=1"],
     ],
     ids=lambda keys: ",".join(keys),
 )
@@ -161,6 +159,13 @@ def test_other_answers_are_refused_and_forced(classifier, tmp_path, monkeypatch)
     assert report.agreement == 0 and len(report.disagreements) == 32 and path.read_bytes() != b"an older one"
     first = report.disagreements[0]
     assert first.image == 0 and first.pytorch != first.packed and 0 <= first.margin <= 1
+
+
+def test_kernels_that_are_not_there_are_one_line(classifier, tmp_path, monkeypatch):
+    monkeypatch.setenv("BNN_KERNELS", "foo")
+    refused(
+        open_trained(classifier.folder), tmp_path / "net.bnn", "cannot be run here: (kernels 'foo'|the compiled core)"
+    )
 
 
 def test_images_on_which_pytorch_disagrees_with_itself_do_not_count(classifier, tmp_path, monkeypatch):
