@@ -1,4 +1,4 @@
-/* The runtime of bit-packed binary networks for programs in C: `core.c`, this header and nothing else but libm-free C11.
+/* The runtime of bit-packed binary networks for programs in C: this header and `core.c`, which need only C11.
 
    A network is opened from the bytes of a file (format version 1, described in `bnn.py`), is never written to again and
    may be shared by threads. A call works in a workspace that belongs to it alone. Nothing here reads files, prints,

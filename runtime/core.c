@@ -1,13 +1,13 @@
 /* The compiled core of the runtime: a bit-packed network's file, checked and unpacked, and run. See bnn.h.
 
-   A file's arrays are copied into the layout that the chosen kernels read. Channels are rounded up to blocks of 32:
-   one word of signs, 32 floats of the stream; what is beyond a layer's channels stays 0. Signs lie in maps with a border
-   of zero bits, and a counter starts at what that border counts wrongly, so that padding is exactly 0.
+   A file's arrays are copied into the layout that the chosen kernels read. Channels are rounded up to blocks of 32: one
+   word of signs, 32 floats of the stream; what is beyond a layer's channels stays 0. Signs lie in maps with a border of
+   zero bits, and a counter starts at what that border counts wrongly, so that padding is exactly 0.
 
    A block of the network (a half-block, and the 1x1 half-block behind it) goes through both halves by bands of rows, so
-   that what is between them stays in the cache. Threads take images of a batch, or bands of one image: a ticket holds the
-   step and its next tile, and who finishes the last tile of a step opens the next step. Nobody waits for a thread that
-   holds no tile. */
+   that what is between them stays in the cache. Threads take images of a batch, or bands of one image: a ticket holds
+   the step and its next tile, and who finishes the last tile of a step opens the next step. Nobody waits for a thread
+   that holds no tile. */
 
 #include "bnn.h"
 
@@ -604,13 +604,14 @@ typedef struct {
   char *message;
 } Reader;
 
+#define ULL(x) ((unsigned long long)(x))
 #define REFUSE(message, ...) return snprintf(message, BNN_MESSAGE, __VA_ARGS__), BNN_REFUSED
 
 /* Go to the next multiple of the alignment, over zeros. */
 static int align(Reader *r) {
   for (; r->at % ALIGNMENT; r->at++)
     if (r->at >= r->count || r->bytes[r->at])
-      REFUSE(r->message, "expected zeros up to a multiple of %d at byte %llu", ALIGNMENT, (unsigned long long)r->at);
+      REFUSE(r->message, "expected zeros up to a multiple of %d at byte %llu", ALIGNMENT, ULL(r->at));
   return BNN_DONE;
 }
 
@@ -767,9 +768,11 @@ static int check_record(char *message, int32_t n, const uint8_t *bytes, const bn
   if (stride != 1 && !(stride == 2 && is_map))
     REFUSE(message, "record %d (%s): stride %u, expected %s", n, name, stride, is_map ? "1 or 2" : "1");
   if (operation == HALF_BLOCK ? residual < SAME || residual > DOUBLED : residual != NO_RESIDUAL)
-    REFUSE(message, "record %d (%s): residual %u, expected %s", n, name, residual, operation == HALF_BLOCK ? "1, 2 or 3" : "0");
+    REFUSE(message, "record %d (%s): residual %u, expected %s", n, name, residual,
+           operation == HALF_BLOCK ? "1, 2 or 3" : "0");
   if (v[6] > (operation == LINEAR ? INT8 : FLOAT32))
-    REFUSE(message, "record %d (%s): number type %u, expected %s", n, name, v[6], operation == LINEAR ? "0, 1 or 2" : "0");
+    REFUSE(message, "record %d (%s): number type %u, expected %s", n, name, v[6],
+           operation == LINEAR ? "0, 1 or 2" : "0");
   if (v[7] > (operation == LINEAR ? RELU : 0))
     REFUSE(message, "record %d (%s): flags %u, expected %s", n, name, v[7], operation == LINEAR ? "0 or 1" : "0");
   for (int i = 4; i < 6; i++)
@@ -862,21 +865,24 @@ static int open_net(Reader *r, const bnn_limits *limits, bnn_net *net) {
   const uint8_t *bytes = r->bytes;
   char *message = r->message;
   if (r->count > limits->memory)
-    REFUSE(message, "has %llu bytes, at most %llu are read", (unsigned long long)r->count, (unsigned long long)limits->memory);
+    REFUSE(message, "has %llu bytes, at most %llu are read", ULL(r->count), ULL(limits->memory));
   if (r->count < 64 || memcmp(bytes, magic, 8)) REFUSE(message, "is not a binary network's file, or is cut short");
   const uint32_t major = u16(bytes + 8), minor = u16(bytes + 10), metadata = u32(bytes + 24), count = u16(bytes + 28);
   const uint32_t side = u32(bytes + 32), outputs = u32(bytes + 36);
   const uint64_t size = u32(bytes + 16) | (uint64_t)u32(bytes + 20) << 32;
   if (major != 1 || minor != 0) REFUSE(message, "has version %u.%u of the format, this reader knows 1.0", major, minor);
   if (size != r->count)
-    REFUSE(message, "has %llu bytes where its header says %llu", (unsigned long long)r->count, (unsigned long long)size);
+    REFUSE(message, "has %llu bytes where its header says %llu", ULL(r->count), ULL(size));
   if (!BNN_WITHOUT_CHECKSUM && crc32_of(bytes + 16, (size_t)(r->count - 16)) != u32(bytes + 12))
     REFUSE(message, "is damaged, its checksum differs");
   for (int i = 30; i < 64; i += i == 31 ? 9 : 1)
     if (bytes[i]) REFUSE(message, "header: expected zeros at bytes 30 and 40 to 63");
-  if (metadata > MOST_METADATA) REFUSE(message, "header: %u bytes of metadata, expected at most %u", metadata, MOST_METADATA);
-  if (!count || count > limits->records) REFUSE(message, "header: %u records, expected 1 to %u", count, limits->records);
-  if (side < 1 || side > limits->side) REFUSE(message, "header: images of side %u, expected 1 to %u", side, limits->side);
+  if (metadata > MOST_METADATA)
+    REFUSE(message, "header: %u bytes of metadata, expected at most %u", metadata, MOST_METADATA);
+  if (!count || count > limits->records)
+    REFUSE(message, "header: %u records, expected 1 to %u", count, limits->records);
+  if (side < 1 || side > limits->side)
+    REFUSE(message, "header: images of side %u, expected 1 to %u", side, limits->side);
   if (r->count < 64 + 32 * (uint64_t)count) REFUSE(message, "is cut short within its records");
   net->side = (int32_t)side, net->layers = (int32_t)count;
   net->layer = calloc(count + 1, sizeof *net->layer); /* an empty one behind the last */
@@ -887,22 +893,25 @@ static int open_net(Reader *r, const bnn_limits *limits, bnn_net *net) {
   for (int32_t i = 0; i < net->layers; i++) {
     Layer *l = net->layer + i;
     const Layer *before = i ? l - 1 : NULL;
-    if (check_record(message, i, bytes + 64 + 32 * i, limits, before, before ? before->side : net->side, l)) return BNN_REFUSED;
+    if (check_record(message, i, bytes + 64 + 32 * i, limits, before, before ? before->side : net->side, l))
+      return BNN_REFUSED;
     const uint64_t out = (uint64_t)l->side * (uint64_t)l->side, taps = (uint64_t)(l->kernel * l->kernel);
     if (l->operation != MEAN) macs += taps * (uint64_t)l->in * (uint64_t)l->out * out; /* each below 2^60 */
-    if (macs > limits->macs) REFUSE(message, "records: more than %llu multiply-accumulates an image", (unsigned long long)limits->macs);
+    if (macs > limits->macs)
+      REFUSE(message, "records: more than %llu multiply-accumulates an image", ULL(limits->macs));
     arrays += file_bytes(l, i + 1 < net->layers && u32(bytes + 64 + 32 * (i + 1)) == HALF_BLOCK);
     if (map_bytes(l) > largest) largest = map_bytes(l);
   }
   const Layer *last = net->layer + net->layers - 1;
-  if (last->operation != MEAN && last->operation != LINEAR) REFUSE(message, "records: expected a mean or a linear layer at the end");
+  if (last->operation != MEAN && last->operation != LINEAR)
+    REFUSE(message, "records: expected a mean or a linear layer at the end");
   if (outputs != (uint32_t)last->out) REFUSE(message, "header: %u outputs, the last layer has %d", outputs, last->out);
   Arena arena = {0};
   for (int32_t i = 0; i < net->layers; i++) place(net->layer + i, &arena);
   const uint64_t workspace = plan(net);
   if (arrays + largest > limits->memory || arena.used > limits->memory || workspace > limits->memory ||
       workspace > SIZE_MAX / BNN_MAX_THREADS / 2 || arena.used > SIZE_MAX / 2)
-    REFUSE(message, "records: need more than %llu bytes of memory", (unsigned long long)limits->memory);
+    REFUSE(message, "records: need more than %llu bytes of memory", ULL(limits->memory));
   net->bytes = (size_t)workspace;
 
   /* Arrays have to fill the file, or nothing is made room for. */
@@ -918,7 +927,7 @@ static int open_net(Reader *r, const bnn_limits *limits, bnn_net *net) {
   }
   if (align(r)) return BNN_REFUSED;
   if (r->at != r->count)
-    REFUSE(message, "has %llu bytes, its records need %llu", (unsigned long long)r->count, (unsigned long long)r->at);
+    REFUSE(message, "has %llu bytes, its records need %llu", ULL(r->count), ULL(r->at));
   return BNN_DONE;
 }
 
@@ -1199,11 +1208,13 @@ void bnn_join(bnn_workspace *w) {
   for (;;) {
     const uint64_t ticket = atomic_fetch_add(&w->ticket, 1), phase = ticket >> 32;
     if (phase >= phases) return;
-    const int32_t image = phase ? w->whole + (int32_t)((phase - 1) / (uint64_t)(w->steps + 1)) : (int32_t)(uint32_t)ticket;
-    const int32_t at = phase ? (int32_t)((phase - 1) % (uint64_t)(w->steps + 1)) : 0;
+    const uint32_t tile = (uint32_t)ticket, rounds = (uint32_t)w->steps + 1; /* the last one hands the image out */
+    const int32_t at = phase ? (int32_t)((phase - 1) % rounds) : 0;
+    const int32_t image = phase ? w->whole + (int32_t)((phase - 1) / rounds) : (int32_t)tile;
     const Step *step = w->net->step + at;
-    const uint32_t tile = (uint32_t)ticket;
-    const uint32_t tiles = !phase ? (uint32_t)w->whole : at == w->steps ? 1 : (uint32_t)tiles_of(w->net, step, w->threads);
+    uint32_t tiles = 1;
+    if (!phase) tiles = (uint32_t)w->whole;
+    else if (at < w->steps) tiles = (uint32_t)tiles_of(w->net, step, w->threads);
     if (tile < tiles) {
       const Work work = work_on(w, image, phase ? 0 : own, own);
       if (phase && at < w->steps) {

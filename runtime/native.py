@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import os
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -101,7 +100,7 @@ class Net:
         message = ctypes.create_string_buffer(_MESSAGE)
         with _choice:
             names = _names()
-            self.kernels = kernels or os.environ.get("BNN_KERNELS") or names[0]
+            self.kernels = kernels or names[0]
             if not self._library.bnn_kernels(self.kernels.encode()):
                 raise BnnError(f"kernels {self.kernels!r}: expected one that this CPU can run, {', '.join(names)}")
             status = self._library.bnn_open(

@@ -200,11 +200,6 @@ def test_wrong_calls_are_one_line():
         net.run(random_images(1, 8))
 
 
-def test_the_environment_chooses_kernels(monkeypatch):
-    monkeypatch.setenv("BNN_KERNELS", "plain")
-    assert native.Net(bnn.to_bytes(random_network())).kernels == "plain"
-
-
 # ------------------------------------------------------------------------------------------------ hostile files
 
 
