@@ -126,14 +126,15 @@ def test_half_blocks_to_the_bit(width):
 
 def test_channels_without_end_are_counted():
     # More than bytes and 16-bit sums could hold if they were not widened in time.
-    network = counting_network(8192, 2, 3, 1, np.random.default_rng(0))
+    network = counting_network(8192, 3, 3, 1, np.random.default_rng(0))
     network.layers[1].blobs["bits"][:] = 0xFFFFFFFF
     content = bnn.to_bytes(network)
-    images = np.zeros((1, 3, 2, 2), np.float32)
+    images = np.zeros((1, 3, 3, 3), np.float32)
     images[:, 0] = -1
+    taps = np.outer((2, 3, 2), (2, 3, 2))[None, :, :, None]  # of which every bit differs
     for name in KERNELS:
         got = native.Net(content, name).stream(images, 2)
-        assert (got == 4 * 8192 / 2 - 4096).all()
+        assert (got == taps * 8192 / 2 - 4096).all(), name
 
 
 # ------------------------------------------------------------------------------------------------ whole networks
@@ -281,8 +282,9 @@ def test_limits(small):
 
 
 def run_example(program, folder, kernels):
-    network = random_network(width=8, side=64, multiples=(1, 2, 4, 4), number_type=bnn.FLOAT16)
-    images = random_images(1, 64)
+    # Wide enough for bytes of counts to be widened on the way.
+    network = random_network(width=34, side=32, multiples=(1, 2, 4, 4), number_type=bnn.FLOAT16)
+    images = random_images(1, 32)
     bnn.write(network, folder / "net.bnn")
     (folder / "image.rgb").write_bytes(images.tobytes())
     for upto, layer in enumerate(network.layers, 1):
