@@ -271,7 +271,9 @@ def test_ranks_never_start_from_different_steps(tmp_path):
 
 def state_of(step):
     torch.manual_seed(step)
-    return {"method": {"w": torch.randn(1000)}, "optimizer": {}, "meter": {}}
+    parts = ("optimizer", "scaler", "meter", "monitors", "bad_images", "identity", "versions")
+    facts = {"total_steps": 9, "seconds": 0.0, "recipe": "", "skipped": torch.zeros(())}
+    return {**{part: {} for part in parts}, **facts, "method": {"w": torch.randn(1000)}}
 
 
 def test_keeps_the_newest(tmp_path):
