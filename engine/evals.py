@@ -18,6 +18,7 @@ from engine.errors import EngineError, first_line
 from engine.recipe import EvalConfig, Recipe
 from loaders import DataConfig, DataError, Index, LoaderError
 from models.methods import Method
+from models.statistics import reestimate
 
 T = TypeVar("T")
 PIXELS = 32
@@ -172,16 +173,10 @@ def _untrained(recipe: Recipe, train: Index, rows: list[int], world: World, cons
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         method = recipe.method.build()
-    method.to(world.device)
-    method.eval()
-    method.evaluated.train()
-    for part in method.evaluated.modules():
-        if isinstance(part, nn.modules.batchnorm._BatchNorm):
-            part.momentum = None  # the mean over all batches
-    for images, _ in _batches(recipe.data, train, rows[:: max(1, len(rows) // WARM_UP)], world, consensus):
-        if len(images) > 1:
-            method.features(images)
-    return method.eval()
+    method.to(world.device).eval()
+    batches = _batches(recipe.data, train, rows[:: max(1, len(rows) // WARM_UP)], world, consensus)
+    reestimate(method.evaluated, (images for images, _ in batches if len(images) > 1))
+    return method
 
 
 def logistic(train: Tensor, train_label: Tensor, query: Tensor, num_classes: int) -> Tensor:

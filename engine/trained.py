@@ -7,10 +7,12 @@ print(trained.classes[scores.argmax()])
 
 from __future__ import annotations
 
+import copy
 import functools
+import itertools
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from loaders.host import read_picture
 from loaders.views import View
 from models import backbones, weights
 from models.contract import Backbone
+from models.statistics import reestimate
 
 VALIDATION = View.model_validate({"preset": "validation"})
 """The evaluation view of a published file, which names none."""
@@ -131,6 +134,27 @@ def open_trained(path: Path | str, *, step: int | None = None, part: str | None 
     if isinstance(content, Mapping) and {"format", "method", "recipe"} <= content.keys():  # under another name
         return _of_run(checkpoint.load(path), path, part)
     return _published(content, path, part)
+
+
+def reestimated(trained: Trained, batches: int) -> Trained:
+    """The same network with BatchNorm's statistics of this many micro-batches of its run's training images and views.
+
+    Raises:
+        CheckpointError: a published file, which names no images.
+        DataError: the images are not on this machine.
+    """
+    if trained.recipe is None:
+        raise CheckpointError(f"{trained.source}: names no training images, from which BatchNorm could be re-estimated")
+    data = trained.recipe.data
+    if data.options.missing():
+        data = loaders.with_backend(data, "folder")
+    loader = loaders.open_train(data, loaders.open_data(data, "train"), seed=trained.recipe.seed)
+    network = copy.deepcopy(trained.network)
+    try:
+        reestimate(network, (batch.views[0] for batch in itertools.islice(loader, batches)))
+    finally:
+        loader.close()
+    return replace(trained, network=network)
 
 
 def _of_run(state: dict[str, Any], path: Path, part: str | None) -> Trained:

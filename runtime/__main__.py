@@ -30,6 +30,7 @@ SECONDS = 10.0
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
 """As Pillow names them; those that networks are trained with."""
 _MOST_RESIZED = 1 << 24  # pixels
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # TIFF 6.0
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -133,13 +134,22 @@ def read_image(path: Path, network: Network) -> NDArray[np.uint8]:
 
 
 def _rgb(image_module: Any, content: bytes) -> Any:
-    """A picture in RGB; its EXIF orientation is not applied, and of 16 bits the upper 8 are kept, as in training."""
+    """A picture in RGB, as in training: its EXIF orientation is not applied, of more than 8 bits the upper 8 are kept,
+    and a TIFF whose zero is white is turned over. What does not say what is white (floats, signed integers) is an error.
+    """
     from io import BytesIO
 
     picture = image_module.open(BytesIO(content), formats=FORMATS)
-    if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in ("PNG", "PPM")):
-        gray = (np.asarray(picture) >> 8).astype(np.uint8)
+    tags = getattr(picture, "tag_v2", {}) if picture.format == "TIFF" else {}
+    is_deep = picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in ("PNG", "PPM"))
+    if is_deep:
+        bits = int(tags.get(_BITS_PER_SAMPLE, (16,))[0])
+        gray = (np.asarray(picture) >> (bits - 8)).astype(np.uint8)
+        if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
+            gray = 255 - gray
         return image_module.fromarray(np.repeat(gray[:, :, None], 3, axis=2))
+    if picture.mode in ("I", "F"):
+        raise ValueError("holds floats or signed integers, expected unsigned ones of 8 or 16 bits")
     return picture.convert("RGB")
 
 

@@ -166,3 +166,23 @@ def _damaged_png(content, rng, *, unpacks):
     return content[:8] + b"".join(
         struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
     )
+
+
+def gray_tiffs(gray):
+    """TIFF files of a gray picture [H, W], W even, and what they show: of 12 bits, of 16 and 8 whose zero is white."""
+
+    def saved(array):
+        out = io.BytesIO()
+        Image.fromarray(array).save(out, "TIFF")
+        return out.getvalue()
+
+    def with_tag(content, tag, value):
+        at = content.index(struct.pack("<HHI", tag, 3, 1)) + 8
+        return content[:at] + struct.pack("<H", value) + content[at + 2 :]
+
+    deep = saved(gray.astype(np.uint16) * 257)
+    first, second = (gray.reshape(-1, 2).astype(int) * 16).T  # two pixels of 12 bits in three bytes
+    packed = np.stack((first >> 4, (first & 15) << 4 | second >> 8, second & 255), axis=1).astype(np.uint8).tobytes()
+    yield with_tag(deep[: -gray.size * 2] + packed.ljust(gray.size * 2, b"\0"), 258, 12), gray
+    for content in (deep, saved(gray)):
+        yield with_tag(content, 262, 0), 255 - gray

@@ -25,7 +25,7 @@ from loaders.contract import CropMemory
 from loaders.decode import decode
 from loaders.errors import BadImage
 from loaders.views import View
-from tests.images import bomb, damaged, jpeg, picture, variants, write_tree
+from tests.images import bomb, damaged, gray_tiffs, jpeg, picture, variants, write_tree
 from tests.loading import FILES, as_beton, config, needs, open_train, take
 from tests.processes import PATIENCE, start_process, tool
 from tests.tiny import ROOT, tiny_overrides
@@ -223,22 +223,10 @@ def test_sixteen_bits_keep_their_upper_eight():
         assert torch.equal(got[0], got[1]) and torch.equal(got[0], got[2])
 
 
-def with_tag(content, tag, value):
-    """A little-endian TIFF with another value of a tag of 16 bits."""
-    at = content.index(struct.pack("<HHI", tag, 3, 1)) + 8
-    return content[:at] + struct.pack("<H", value) + content[at + 2 :]
-
-
 def test_gray_tiff_is_light_where_it_is_light():
     gray = picture(1, 20, 30)[:, :, 0]
-    deep = saved(Image.fromarray(gray.astype(np.uint16) * 257), "TIFF")
-    first, second = (gray.reshape(-1, 2).astype(int) * 16).T  # two pixels of 12 bits in three bytes
-    packed = np.stack((first >> 4, (first & 15) << 4 | second >> 8, second & 255), axis=1).astype(np.uint8).tobytes()
-    of_12_bits = with_tag(deep[: -len(gray.tobytes()) * 2] + packed.ljust(gray.size * 2, b"\0"), 258, 12)
-    assert np.array_equal(decode(of_12_bits, 30, 20)[0].numpy(), gray)
-    for content in (deep, saved(Image.fromarray(gray), "TIFF")):
-        white_is_zero = with_tag(content, 262, 0)
-        assert np.array_equal(decode(white_is_zero, 30, 20)[0].numpy(), 255 - gray)
+    for content, expected in gray_tiffs(gray):
+        assert np.array_equal(decode(content, 30, 20)[0].numpy(), expected)
 
 
 def test_numbers_that_do_not_say_what_is_white_are_refused(tmp_path):

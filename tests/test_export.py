@@ -1,5 +1,6 @@
 """From a run folder to one packed file: equal to PyTorch, or refused in one line. And `python -m runtime`."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -10,19 +11,20 @@ import torch
 from PIL import Image
 
 import loaders
-from engine import checkpoint, export
+from engine import checkpoint, export, openvino
 from engine import recipe as recipes
 from engine.errors import ExportError
-from engine.trained import open_trained
+from engine.trained import open_trained, reestimated
 from loaders import DataError
 from loaders.host import read_picture
 from loaders.views import View
 from models import fold, weights
 from models.reactnet import Config, ReActNet
 from models.resnet import Config as ResNetConfig
+from runtime import Runtime, bnn, reference
 from runtime import __main__ as command
-from runtime import bnn, reference
-from tests.images import odd_files, picture, write_tree
+from tests.images import gray_tiffs, odd_files, picture, write_tree
+from tests.packed import random_images, random_network
 from tests.processes import PATIENCE, tool
 from tests.runs import run
 from tests.tiny import ROOT, tiny
@@ -253,6 +255,24 @@ def test_the_command_refuses_in_one_line(pretrained, tmp_path, monkeypatch, caps
     assert left.value.code == 2
 
 
+def test_batch_norm_may_be_estimated_anew_before(classifier, tmp_path, monkeypatch, capsys):
+    plain, again = tmp_path / "plain.bnn", tmp_path / "again.bnn"
+    assert exported(monkeypatch, classifier.folder, plain) == 0
+    assert exported(monkeypatch, classifier.folder, again, "--precise-bn", "8") == 0
+    trained = open_trained(classifier.folder)
+    anew = reestimated(trained, 8)
+    export.export(anew, tmp_path / "same.bnn")
+    assert plain.read_bytes() != again.read_bytes() == (tmp_path / "same.bnn").read_bytes()
+    for (name, ours), theirs in zip(trained.network.named_parameters(), anew.network.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+    stem = anew.backbone.stem
+    loader = loaders.open_train(trained.recipe.data, loaders.open_data(trained.recipe.data, "train"), seed=0)
+    seen = [stem[0](batch.views[0]) for _, batch in zip(range(8), loader, strict=False)]
+    assert torch.allclose(stem[1].running_mean, torch.stack([x.mean((0, 2, 3)) for x in seen]).mean(0), atol=1e-5)
+    with pytest.raises(checkpoint.CheckpointError, match="names no training images"):
+        reestimated(dataclasses.replace(trained, recipe=None), 8)
+
+
 def test_safetensors_are_the_same_network(classifier, tmp_path, monkeypatch, capsys):
     pytest.importorskip("safetensors")
     out = tmp_path / "a.safetensors"
@@ -277,6 +297,46 @@ def test_without_its_package_safetensors_are_refused(classifier, tmp_path, monke
     out = tmp_path / "net.bnn"
     assert exported(monkeypatch, classifier.folder, out, "--safetensors", tmp_path / "a.safetensors") == 2
     assert "--safetensors: the package safetensors is not installed" in capsys.readouterr().err and not out.exists()
+
+
+def test_openvino_gives_the_scores_of_the_file(tmp_path, monkeypatch, capsys):
+    """A second opinion about what the format means, from code that is not ours."""
+    pytest.importorskip("openvino")
+    for width, multiples, side, stride in ((8, (1, 2, 4, 8), 16, 1), (24, (1, 2, 2, 4), 64, 2), (32, (1, 1, 2), 33, 2)):
+        for number_type in (bnn.FLOAT32, bnn.FLOAT16, bnn.INT8):
+            network = random_network(
+                width=width, multiples=multiples, side=side, stem_stride=stride, number_type=number_type
+            )
+            openvino.write(network, tmp_path / "net.xml")
+            given = reference.pixels(network.layers[0], random_images(4, side))
+            got = openvino.opened(tmp_path / "net.xml", batch=4)(given)
+            expected = reference.run(network, given)
+            agree = (np.abs(got - expected).max(1) < 1e-4 * np.abs(expected).max()).sum()
+            assert agree >= 3, (width, side)  # it adds and multiplies at once, which may turn a sign on its threshold
+    network = random_network(width=4)
+    with pytest.raises(ExportError, match=r"layer 1 has 4 channels, expected a multiple of 8"):
+        openvino.write(network, tmp_path / "narrow.xml")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["net.bin", "net.xml"]
+
+
+def test_export_writes_a_graph_for_openvino(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("openvino")
+    recipe = tiny("quick/supervised.yaml", tmp_path, *SHORT, "method.backbone.width=8")
+    run(recipe)
+    net = tmp_path / "net.bnn"
+    assert exported(monkeypatch, recipe.folder, net, "--linear", "float32", "--openvino", tmp_path / "net.xml") == 0
+    assert "a graph for OpenVINO" in capsys.readouterr().out
+    trained = open_trained(recipe.folder)
+    pixels, _ = validation(trained)
+    given = reference.pixels(bnn.read(net).layers[0], pixels[:8])
+    expected = Runtime(net).run(pixels[:8])
+    got = openvino.opened(tmp_path / "net.xml", batch=8)(given)
+    assert ((np.abs(got - expected) / spread(expected)).max(1) < 1e-3).sum() >= 7
+    assert exported(monkeypatch, recipe.folder, net, "--openvino", tmp_path / "net.graph") == 2
+    assert "expected a name that ends in .xml" in capsys.readouterr().err
+    monkeypatch.setattr(openvino, "missing", lambda: "openvino is missing: pip install openvino")
+    assert exported(monkeypatch, recipe.folder, tmp_path / "b.bnn", "--openvino", tmp_path / "b.xml") == 2
+    assert "pip install openvino" in capsys.readouterr().err and not (tmp_path / "b.bnn").exists()
 
 
 # ------------------------------------------------------------------------------------------------ python -m runtime
@@ -312,6 +372,18 @@ def test_pictures_are_cut_as_evaluations_see_them(side, resize, interpolation, t
         assert got.dtype == np.uint8 and np.abs(got - expected).max() <= 1, path
         compared += 1
     assert compared > 20
+
+
+def test_gray_pictures_of_more_bits_are_light_where_they_are_light(tmp_path, packed):
+    gray = picture(1, 32, 32)[:, :, 0]
+    for number, (content, expected) in enumerate(gray_tiffs(gray)):
+        (tmp_path / f"{number}.tiff").write_bytes(content)
+        got = command.read_image(tmp_path / f"{number}.tiff", bnn.read(packed))
+        assert np.array_equal(got, np.repeat(expected[:, :, None], 3, axis=2))
+    for mode in "FI":
+        Image.fromarray(picture(2, 32, 32)).convert(mode).save(tmp_path / "numbers.tiff")
+        with pytest.raises(bnn.BnnError, match=r"numbers.tiff: cannot be decoded: holds floats or signed integers"):
+            command.read_image(tmp_path / "numbers.tiff", bnn.read(packed))
 
 
 def test_the_command_names_the_five_likeliest(packed, classifier, tmp_path, capsys):

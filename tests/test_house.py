@@ -93,6 +93,7 @@ def test_optional_packages_are_imported_where_they_are_used():
         "matplotlib": ("engine/results/figures.py", "tools/"),
         "sklearn": ("tools/",),
         "safetensors": ("models/weights.py",),
+        "openvino": ("engine/openvino.py",),
     }
     for room in (*ROOMS, "tools"):
         for path in (ROOT / room).rglob("*.py"):

@@ -1,5 +1,6 @@
 """Networks: counts and shapes of methods.md 7.1, heads, import of foreign files, cost."""
 
+import copy
 import hashlib
 
 import pytest
@@ -11,6 +12,7 @@ from models.heads import MLP
 from models.reactnet import Config, ReActNet
 from models.resnet import Config as ResNetConfig
 from models.resnet import ResNet
+from models.statistics import reestimate
 
 
 def meta(config):
@@ -422,3 +424,20 @@ def test_folded_teacher_equals_the_plain_one(arch):
         assert not torch.allclose(net.eval()(x), wanted, rtol=1e-3)
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+def test_batch_norm_is_estimated_anew_from_batches_alone():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout()).double().eval()
+    network[0].momentum = 0.3
+    before = copy.deepcopy(network)
+    reestimate(network, [])
+    assert all(torch.equal(a, b) for a, b in zip(network.buffers(), before.buffers(), strict=True))
+    batches = [torch.randn(size, 3).double() * 2 + 5 for size in (4, 8)]
+    reestimate(network, iter(batches))
+    first, hidden = network[0], [before[1](nn.functional.batch_norm(x, None, None, training=True)) for x in batches]
+    for norm, seen in ((first, batches), (network[2], hidden)):
+        assert torch.allclose(norm.running_mean, torch.stack([x.mean(0) for x in seen]).mean(0), rtol=1e-12)
+        assert torch.allclose(norm.running_var, torch.stack([x.var(0) for x in seen]).mean(0), rtol=1e-12)
+    assert first.momentum == 0.3 and not any(module.training for module in network)
+    assert torch.equal(network[1].weight, before[1].weight)

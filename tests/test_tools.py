@@ -486,6 +486,8 @@ OUTPUTS = {
     "compare": (["{table}", "--out", "{folder}"], "Pool"),
     "convert_imagenet_to_ffcv": (["{data}", "{out}.beton"], "open_index"),
     "demo": (["--json", "{out}.json"], "run_demo"),
+    "export": (["run", "{out}.bnn"], "open_trained"),
+    "export, graph": (["run", "/dev/null", "--openvino", "{out}.xml"], "open_trained"),
     "make_images": (["digits", "{out}"], "write"),
     "make_index": (["{data}", "{out}.index"], "open_index"),
     "scan_images": (["{data}", "--report", "{folder}"], "open_index"),

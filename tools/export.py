@@ -14,13 +14,15 @@ from pathlib import Path
 
 import _root  # noqa: F401
 
+from engine import openvino
 from engine.errors import ExportError, guarded
 from engine.export import Report, export, write_safetensors
 from engine.log import to_console
 from engine.results.runs import write_json
-from engine.trained import open_trained
+from engine.trained import open_trained, reestimated
 from loaders.files import check_writable
 from models import weights
+from runtime import bnn
 
 SHOWN = 5
 """Images that disagree, of which a line is printed."""
@@ -41,19 +43,35 @@ def main() -> int:
         help="how weights of linear layers are stored (%(default)s)",
     )
     parser.add_argument("--check", type=int, default=256, metavar="N", help="images to compare (%(default)s)")
+    parser.add_argument(
+        "--precise-bn",
+        type=int,
+        default=0,
+        metavar="N",
+        help="re-estimate BatchNorm's statistics on N micro-batches of the run's training images first (0)",
+    )
     parser.add_argument("--force", action="store_true", help="write although answers differ from PyTorch's")
     parser.add_argument("--json", type=Path, help="also write the report here")
     parser.add_argument("--safetensors", type=Path, help="also write the weights for other PyTorch code here")
+    parser.add_argument("--openvino", type=Path, metavar="NET.XML", help="also write a graph for OpenVINO here")
     arguments = parser.parse_args()
     if arguments.check < 1:
         parser.error(f"--check: expected at least 1, got {arguments.check}")
+    if arguments.precise_bn < 0:
+        parser.error(f"--precise-bn: expected at least 0, got {arguments.precise_bn}")
     to_console(is_main=True, progress=sys.stderr)
-    for path in filter(None, (arguments.out, arguments.json, arguments.safetensors)):
+    for path in filter(None, (arguments.out, arguments.json, arguments.safetensors, arguments.openvino)):
         check_writable(path)
         path.parent.mkdir(parents=True, exist_ok=True)
     if arguments.safetensors and (problem := weights.missing_safetensors()):
         raise ExportError(f"--safetensors: {problem}")
+    if arguments.openvino and arguments.openvino.suffix != ".xml":
+        raise ExportError(f"--openvino: {arguments.openvino}: expected a name that ends in .xml")
+    if arguments.openvino and (problem := openvino.missing()):
+        raise ExportError(f"--openvino: {problem}")
     trained = open_trained(arguments.source, step=arguments.checkpoint, part=arguments.part)
+    if arguments.precise_bn:
+        trained = reestimated(trained, arguments.precise_bn)
     report = export(trained, arguments.out, linear=arguments.linear, check=arguments.check, force=arguments.force)
     print(text(report))
     if arguments.json:
@@ -61,6 +79,9 @@ def main() -> int:
     if arguments.safetensors:
         write_safetensors(trained, arguments.safetensors)
         print(f"{arguments.safetensors}: the weights under their published names")
+    if arguments.openvino:
+        openvino.write(bnn.read(arguments.out.read_bytes()), arguments.openvino)
+        print(f"{arguments.openvino}, {arguments.openvino.with_suffix('.bin')}: a graph for OpenVINO, batch 1")
     return 0
 
 
