@@ -135,7 +135,7 @@ def read_image(path: Path, network: Network) -> NDArray[np.uint8]:
 
 def _rgb(image_module: Any, content: bytes) -> Any:
     """A picture in RGB, as in training: its EXIF orientation is not applied, of more than 8 bits the upper 8 are kept,
-    and a TIFF whose zero is white is turned over. What does not say what is white (floats, signed integers) is an error.
+    and a TIFF whose zero is white is inverted. What does not say what is white (floats, signed integers) is an error.
     """
     from io import BytesIO
 
