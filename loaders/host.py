@@ -136,6 +136,8 @@ def cut(pixels: Tensor, window: NDArray[np.float64], view: View) -> Tensor:
             return _middle(pixels, new_h, new_w, view)
         pixels = F.resize(pixels, [new_h, new_w], interpolation=mode, antialias=True)
         crop = F.center_crop(pixels, [view.size, view.size])
+    elif view.crop == "whole":
+        crop = F.resize(pixels, [view.size, view.size], interpolation=mode, antialias=True)
     else:
         top, left, height, width = (int(side) for side in window)
         crop = F.resized_crop(
@@ -148,7 +150,7 @@ def read_picture(path: Path, view: View) -> Tensor:
     """A file as evaluations see it, uint8 [size, size, 3].
 
     Args:
-        view: a center crop.
+        view: one that draws nothing.
 
     Raises:
         DataError: it cannot be decoded.

@@ -113,6 +113,8 @@ def _windows(view: View, w: NDArray[np.float64], h: NDArray[np.float64], u: NDAr
     """Crop windows [b, 4] as (top, left, height, width) in images of width and height [b]."""
     if view.crop == "center":
         return _center_windows(view, w, h)
+    if view.crop == "whole":
+        return np.stack((np.zeros_like(h), np.zeros_like(w), h, w), axis=1)
     # torchvision's RandomResizedCrop: the first of ten tries that fits, else the largest allowed center crop.
     area = (w * h)[:, None] * (view.scale[0] + (view.scale[1] - view.scale[0]) * u[:, :CROP_TRIES])
     log_low, log_high = np.log(view.ratio)

@@ -53,6 +53,8 @@ class BackboneConfig(Strict):
 class Backbone(nn.Module):
     """Base of the backbones: images [B, 3, H, W] to features [B, `out_channels`]."""
 
+    config: Any
+    """The `BackboneConfig` that it was built from."""
     out_channels: int
     fused: bool = False
     """Run training steps in the fused form, where the config is `fusable`; state and keys stay the same."""
@@ -61,6 +63,10 @@ class Backbone(nn.Module):
 
     layers: tuple[Layer, ...] = LAYERS
     """What `layer` can give."""
+
+    def check_side(self, side: int) -> None:
+        """As `BackboneConfig.check_side`."""
+        self.config.check_side(side)
 
     def map(self, x: Tensor) -> Tensor:
         """Images [B, 3, H, W] to the last map [B, C, h, w]."""
