@@ -295,14 +295,46 @@ def knn(
     Returns:
         Predicted labels [M].
     """
+    return knn_ranked(bank, bank_label, query, num_classes, (neighbors,), temperature, most=1)[0, :, 0]
+
+
+def knn_ranked(
+    bank: Tensor,
+    bank_label: Tensor,
+    query: Tensor,
+    num_classes: int,
+    neighbors: Sequence[int],
+    temperature: float,
+    *,
+    most: int = 5,
+    done: Callable[[int], None] = lambda queries: None,
+) -> Tensor:
+    """`knn` with any numbers of neighbors in one pass, and more than the first answer.
+
+    Args:
+        done: told after each part how many queries there are answers for.
+
+    Returns:
+        [len(neighbors), M, most], classes by descending vote, equal ones in their order; -1 where no neighbor votes.
+    """
     bank, query = F.normalize(bank.float(), dim=1), F.normalize(query.float(), dim=1)
-    predicted = []
-    for chunk in query.split(1024):
-        similarity, nearest = (chunk @ bank.T).topk(min(neighbors, len(bank)), dim=1)  # [m, k], largest first
-        votes = torch.zeros(len(chunk), num_classes, device=bank.device)
-        votes.scatter_add_(1, bank_label[nearest], ((similarity - similarity[:, :1]) / temperature).exp())
-        predicted.append(votes.argmax(dim=1))
-    return torch.cat(predicted) if predicted else bank_label.new_empty(0)
+    most = min(most, num_classes)
+    ranked = bank_label.new_empty(len(neighbors), len(query), most)
+    for start in range(0, len(query), size := max(1, min(1024, _SIMILARITIES // max(len(bank), 1)))):
+        chunk = query[start : start + size]
+        similarity, nearest = (chunk @ bank.T).topk(min(max(neighbors), len(bank)), dim=1)  # [m, k], largest first
+        weight, label = ((similarity - similarity[:, :1]) / temperature).exp(), bank_label[nearest]
+        for number, count in enumerate(neighbors):
+            votes = torch.zeros(len(chunk), num_classes, device=bank.device)
+            votes.scatter_add_(1, label[:, :count], weight[:, :count])
+            votes, classes = votes.sort(dim=1, descending=True, stable=True)
+            ranked[number, start : start + len(chunk)] = classes.where(votes > 0, -1)[:, :most]
+        done(start + len(chunk))
+    return ranked
+
+
+_SIMILARITIES = 1 << 28
+"""That are computed at a time: 1 GiB."""
 
 
 def _bank_and_query(

@@ -139,3 +139,33 @@ def draw_phases(result: Result, out: Path) -> None:
     axis.legend(ncols=len(phases), fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.25))
     figure.savefig(out, dpi=110)
     plt.close(figure)
+
+
+def draw_low_shot(
+    out: Path, title: str, curves: dict[str, dict[int, tuple[float, float, float]]], levels: dict[str, float]
+) -> None:
+    """Draw mAP over the number of images that show a class, a line for each network.
+
+    Args:
+        out: PNG file.
+        title: heading.
+        curves: network -> images -> mean, least and most over samples, in percent.
+        levels: network -> mAP with all images, drawn as a dotted line.
+    """
+    plt = pyplot()
+    figure, axis = plt.subplots(figsize=(8, 5.5), layout="constrained")
+    for number, (name, points) in enumerate(curves.items()):
+        shots, color = sorted(points), f"C{number % 10}"
+        mean, low, high = zip(*(points[count] for count in shots), strict=True)
+        axis.plot(shots, mean, "o-", color=color, label=name)
+        axis.fill_between(shots, low, high, color=color, alpha=0.2, linewidth=0)
+        if name in levels:
+            axis.axhline(levels[name], color=color, linestyle=":", label=f"{name}, all images")
+    ticks = sorted({count for points in curves.values() for count in points})
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(ticks, [str(count) for count in ticks])
+    axis.minorticks_off()
+    axis.set(title=title, xlabel="images of each class", ylabel="mAP %")
+    axis.legend(fontsize=8)
+    figure.savefig(out, dpi=110, format="png")
+    plt.close(figure)
