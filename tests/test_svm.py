@@ -321,7 +321,7 @@ def network(tmp_path_factory):
 def kit(tmp_path_factory):
     """Scenes in VOC's layout."""
     root = tmp_path_factory.mktemp("kit") / "scenes"
-    tool("make_images").make("digit_scenes", root, limit=60)
+    tool("make_images").make("digit_scenes", root, limit=100)
     return root
 
 
@@ -344,14 +344,14 @@ def test_a_probe_that_was_killed_goes_on_to_the_same_results(network, kit, tmp_p
     assert f"--shots 200: left out, {kit}#2007_trainval: " in said.err and "## Low-shot SVM" in said.out
     result = json.loads((tmp_path / "whole/probe.json").read_text())
     found = result["networks"][str(network)]
-    assert found["svm"]["layer"] == "map" and found["svm"]["images"] == [60, 60] and len(found["svm"]["ap"]) == 10
+    assert found["svm"]["layer"] == "map" and found["svm"]["images"] == [100, 25] and len(found["svm"]["ap"]) == 10
     assert found["svm"]["unconverged"] == found["lowshot"]["unconverged"] == 0 and not found["lowshot"]["published"]
     assert list(found["lowshot"]["shots"]) == ["1", "2"] and result["protocol"]["shots"] == [1, 2]
     for shots in found["lowshot"]["shots"].values():
         chosen, at_1 = shots["chosen_on_test"], shots["at_cost_1"]
         assert chosen["mean"] >= at_1["mean"] and len(at_1["samples"]) == 5 and at_1["cost"] == 1
         assert 0 < chosen["min"] <= chosen["mean"] <= chosen["max"] < 100
-    assert sum(result["data"]["train"]["positives"].values()) >= 60
+    assert sum(result["data"]["train"]["positives"].values()) >= 100
 
     honest, count = pool.Ledger.add, iter(range(45))
 
@@ -377,7 +377,7 @@ def test_a_probe_that_was_killed_goes_on_to_the_same_results(network, kit, tmp_p
 def test_files_of_draws_take_the_place_of_our_own(network, kit, tmp_path, capsys):
     targets = voc.read(f"{kit}#2007_trainval").targets
     for sample in range(5):
-        np.save(tmp_path / f"train_targets_sample{sample + 1}_k1.npy", svm.draw(targets, np.arange(60), 1, sample))
+        np.save(tmp_path / f"train_targets_sample{sample + 1}_k1.npy", svm.draw(targets, np.arange(100), 1, sample))
     for out, more in (("ours", []), ("files", ["--samples", tmp_path])):
         arguments = [network, "--task", "lowshot", "--data", f"{kit}#2007", "--shots", 1, "--costs", 1, "--jobs", 1]
         assert probe(*arguments, *more, "--out", tmp_path / out) == 0

@@ -267,7 +267,8 @@ def checked(sets: dict[str, Labeled], arguments: argparse.Namespace) -> list[int
         raise DataError(f"{train.name}: {svm.rarest(train.targets, classes)}, too few for --shots {min(arguments.shots)}")
     if dropped := [number for number in arguments.shots if number not in shots]:
         said = " and ".join(map(str, dropped))
-        logger.warning(f"--shots {said}: left out, {train.name}: {svm.rarest(train.targets, classes)}")
+        if dist.environment_rank() == 0:
+            logger.warning(f"--shots {said}: left out, {train.name}: {svm.rarest(train.targets, classes)}")
     if arguments.samples:
         for number in shots:
             for sample in range(svm.SAMPLES):
