@@ -49,7 +49,8 @@ def run(
 
     Returns:
         `top1` and `per_class`, the mean over classes of the share of their images that are found (and `top5`;
-        `baselines` has names of its own) in percent, and the number of images that were measured; None on all ranks where a signal cut it short, because a job that is about to be killed has no time for it.
+        `baselines` has names of its own) in percent, and the number of images that were measured; None on all ranks
+        where a signal cut it short, because a job that is about to be killed has no time for it.
 
     Raises:
         NotMeasured: it cannot be done, because of images, a loader or an error of its own on any rank.

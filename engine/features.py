@@ -95,16 +95,13 @@ class Features:
             with np.load(path, allow_pickle=False) as file:
                 got = {name: file[name] for name in ("features", "rows", "names", "label", "classes", "images", "of")}
             array, rows, names, label = (got[name] for name in ("features", "rows", "names", "label"))
-            count, of = len(array), json.loads(str(got["of"]))
-            kinds = [array.dtype == np.float32, rows.dtype == np.int64, label.dtype == np.int64, names.dtype.kind == "U"]
-            if not all(kinds) or array.ndim != 2 or not isinstance(of, dict):
+            classes, images, of = tuple(map(str, got["classes"])), int(got["images"]), json.loads(str(got["of"]))
+            kinds = [(array, "f4"), (rows, "i8"), (label, "i8"), (names, "U")]
+            if any(item.dtype.str.lstrip("<|=")[: len(kind)] != kind for item, kind in kinds) or not isinstance(of, dict):
                 raise ValueError("its arrays are of other types")
-            if any(item.shape != (count,) for item in (rows, names, label)):
+            if array.ndim != 2 or any(item.shape != (len(array),) for item in (rows, names, label)):
                 raise ValueError("its arrays do not fit together")
-            has_label = not (label < 0).any()
-            return cls(
-                array, rows, label if has_label else None, names, tuple(map(str, got["classes"])), int(got["images"]), of
-            )
+            return cls(array, rows, None if (label < 0).any() else label, names, classes, images, of)
         except (KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error, ValueError, AttributeError) as error:
             raise ValueError(f"{path}: is no whole file of features: {error}") from None
 
@@ -127,21 +124,30 @@ def batches(
     world: World,
     *,
     is_over: Callable[[], bool] = lambda: False,
+    bad: dict[str, str] | None = None,
 ) -> Iterator[loaders.Batch]:
-    """This rank's share of a data set, as evaluations see it; without what cannot be decoded.
+    """This rank's share of a data set, as evaluations see it; without what cannot be decoded. A long one says how far
+    it is.
 
     Args:
         rows: of the index; by default all.
         is_over: asked before each batch; nothing comes any more where it says so.
+        bad: gets path -> reason of what cannot be decoded.
     """
     loader = loaders.open_eval(data, index, rows=rows, place=world.place)
+    progress = Progress(str(index.root), len(index) if rows is None else len(rows), "images")
+    done = 0
     try:
         for batch in loader:
             if is_over():
                 return
             if len(batch.rows):
                 yield batch
+            done += len(batch.rows) * world.world_size
+            progress.update(done)
     finally:
+        if bad is not None:
+            bad.update(loader.bad)
         loader.close()
 
 
@@ -225,8 +231,9 @@ def extract(
         if dist.gather_objects(found is not None)[0]:
             return found
     trained.network.to(world.device)
-    array, rows_of_rank = dist.together(lambda: _of_rank(trained, data, index, wanted, layer, world))
-    everyone = dist.gather_objects(rows_of_rank)
+    bad: dict[str, str] = {}
+    array, rows_of_rank = dist.together(lambda: _of_rank(trained, data, index, wanted, layer, world, bad))
+    everyone, all_bad = dist.gather_objects(rows_of_rank), dist.gather_objects(bad)
     order = np.sort(np.concatenate(everyone))
     if not len(order):
         raise shared(DataError(f"{index.root}: none of its {len(wanted)} images can be decoded"))
@@ -234,6 +241,9 @@ def extract(
     if whole is None:
         dist.together(lambda: None)  # of the cache
         return None
+    if left_out := {path: reason for of_rank in all_bad for path, reason in of_rank.items()}:
+        first = next(f"{name}: {reason}" for name, reason in left_out.items())
+        logger.warning(f"{len(left_out):,} of {len(wanted):,} images are left out, the first is {first}")
     features = Features(
         whole,
         order,
@@ -263,22 +273,26 @@ def check(trained: Trained, layer: Layer, side: int) -> None:
 
 
 def _of_rank(
-    trained: Trained, data: DataConfig, index: Index, rows: Sequence[int], layer: Layer, world: World
+    trained: Trained,
+    data: DataConfig,
+    index: Index,
+    rows: Sequence[int],
+    layer: Layer,
+    world: World,
+    bad: dict[str, str],
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Features and rows of this rank's share, on the host."""
     mine = len(range(world.rank, len(rows), world.world_size))
     array: NDArray[np.float32] | None = None
     found, done = np.zeros(mine, dtype=np.int64), 0
-    progress = Progress(f"{index.root}: {layer}", len(rows), "images")
     with torch.no_grad():
-        images = batches(data, index, rows, world)
+        images = batches(data, index, rows, world, bad=bad)
         for part in parts(lambda x: trained.backbone.layer(layer, x), images):
             if array is None:  # one piece of memory from the start, not twice as much at the end
                 array = np.empty((mine, part.array.shape[1]), dtype=np.float32)
             end = done + len(part.rows)
             array[done:end], found[done:end] = part.array.float().cpu().numpy(), part.rows.numpy()
             done = end
-            progress.update(done * world.world_size)
     return (np.zeros((0, 0), dtype=np.float32) if array is None else array[:done]), found[:done]
 
 
@@ -324,26 +338,29 @@ def _hash(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def data_of(trained: Trained, changes: Sequence[str] = (), *, device: str = "auto") -> DataConfig:
-    """How to read images as the network's evaluations do: its view and normalization, whatever reads files fastest here.
+def data_of(
+    trained: Trained, changes: Sequence[str] = (), *, val: Path | None = None, device: str = "auto"
+) -> DataConfig:
+    """How to read images as the network's evaluations do: its view and normalization, the back end that is fastest here.
 
     Args:
         changes: `data.key=value`, as on the command line of a run: `data.val=photos`, `data.eval_view={crop: whole}`.
+        val: images to look at, if not named there.
         device: as `run.device`: what reads files fastest depends on it.
 
     Raises:
         RecipeError: a key or value that `data` cannot take.
     """
     own, content = (trained.recipe.data if trained.recipe else None), {}
-    names_files = any(change.startswith(("data.val=", "data.train=")) for change in changes)
+    names_files = val is not None or any(change.startswith(("data.val=", "data.train=")) for change in changes)
     if own is not None and not names_files:
         content = own.model_dump(mode="json", include={"labels", "quarantine"})
         if not own.options.reads_files:
             content |= {"backend": own.backend, "options": own.options.model_dump(mode="json")}
     if own is not None:
-        content |= own.model_dump(mode="json", include={"train", "val", "max_pixels"})
+        content |= own.model_dump(mode="json", include={"train", "val", "max_pixels", "eval_batch"})
     content |= {"mean": trained.mean, "std": trained.std, "eval_view": trained.view.model_dump(mode="json")}
-    section = {"data": json.loads(json.dumps(content))}
+    section = {"data": json.loads(json.dumps(content)) | ({} if val is None else {"val": str(val)})}
     for change in changes:
         if not change.startswith("data."):
             raise RecipeError(f"override {change!r}: expected data.key=value")
@@ -379,12 +396,14 @@ def nearest(
 
 
 def pixels_of(data: DataConfig, index: Index, rows: Sequence[int]) -> NDArray[np.uint8]:
-    """Some images as evaluations see them, uint8 [n, size, size, 3]; without what cannot be decoded.
+    """Some images as evaluations see them, uint8 [n, size, size, 3].
 
     Raises:
-        DataError, LoaderError: they cannot be read.
+        DataError: one of them cannot be decoded.
+        LoaderError: they cannot be read.
     """
-    views = [batch.views[0] for batch in batches(data, index, rows, ALONE)]
-    size = data.eval_view.size
-    images = torch.cat(views) if views else torch.zeros(0, 3, size, size)
-    return to_pixels(images, data.mean, data.std).numpy()
+    bad: dict[str, str] = {}
+    views = [to_pixels(batch.views[0], data.mean, data.std) for batch in batches(data, index, rows, ALONE, bad=bad)]
+    for path, reason in bad.items():
+        raise DataError(f"{path}: {reason}")
+    return torch.cat(views).numpy()

@@ -309,7 +309,7 @@ class Progress:
         every: seconds between two lines; what takes less gets none.
     """
 
-    def __init__(self, what: str, total: int, unit: str, every: float = 10.0) -> None:
+    def __init__(self, what: str, total: int, unit: str, every: float = 15.0) -> None:
         self.what, self.total, self.unit, self.every = what, total, unit, every
         self._started = self._said = time.monotonic()
 

@@ -259,8 +259,8 @@ def _packed(path: Path, part: str | None) -> Trained:
         )
         mean, std = (_three(info[key]) for key in ("mean", "std"))
     except (KeyError, TypeError, ValueError) as error:
-        said = "its metadata" if isinstance(error, ValidationError) else f"its metadata ({type(error).__name__}: {error})"
-        raise CheckpointError(f"{path}: {said} does not say how images are cut and normalized") from None
+        what = "a view" if isinstance(error, ValidationError) else f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{path}: does not say how images are cut and normalized ({what})") from None
     classifier = None
     if network.feature_layers < len(network.layers):
         classifier = _linear(network.layers[-1])

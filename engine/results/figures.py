@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from engine.bench.step import Result
 from engine.errors import RecipeError
 from engine.results.runs import metrics
@@ -110,6 +113,34 @@ def draw_comparison(out: Path, title: str, entries: Sequence[Entry], curves: dic
     if flips.lines:
         flips.legend(fontsize=7)
     figure.savefig(out, dpi=100)
+    plt.close(figure)
+
+
+def draw_neighbors(
+    out: Path, title: str, images: NDArray[np.uint8], distances: NDArray[np.float32], same: NDArray[np.bool_] | None
+) -> None:
+    """Draw images, each with those that are nearest to it.
+
+    Args:
+        out: PNG file.
+        title: heading.
+        images: [Q, 1 + K, side, side, 3], the query first.
+        distances: [Q, K], printed below.
+        same: [Q, K], whether a neighbor is of the query's class: its frame is green or red; None without labels.
+    """
+    plt = pyplot()
+    rows, columns = images.shape[:2]
+    size = (1.25 * columns, 1.45 * rows + 0.5)
+    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    figure.suptitle(title, fontsize=10)
+    for (row, column), axis in np.ndenumerate(axes):
+        axis.imshow(images[row, column], interpolation="nearest")
+        axis.set(xticks=[], yticks=[])
+        axis.set_xlabel("image" if column == 0 else f"{distances[row, column - 1]:.3f}", fontsize=8, labelpad=2)
+        color = "black" if same is None or column == 0 else "tab:green" if same[row, column - 1] else "tab:red"
+        for spine in axis.spines.values():
+            spine.set(color=color, linewidth=1 if color == "black" else 2.5)
+    figure.savefig(out, dpi=110, format="png")
     plt.close(figure)
 
 
