@@ -217,6 +217,7 @@ def extract(
                 "layer": layer,
                 "weights": hash_of(trained.backbone),
                 "images": index.fingerprint,
+                "classes": _hash(index.classes),
                 "bytes": None if index.size is None else _hash(hashlib.sha256(index.size).hexdigest()),
                 "rows": None if rows is None else _hash(list(rows)),
                 "view": view.model_dump(mode="json"),
@@ -359,6 +360,8 @@ def data_of(
             content |= {"backend": own.backend, "options": own.options.model_dump(mode="json")}
     if own is not None:
         content |= own.model_dump(mode="json", include={"train", "val", "max_pixels", "eval_batch"})
+    else:
+        content["eval_batch"] = 64  # for 224 pixels on a CPU
     content |= {"mean": trained.mean, "std": trained.std, "eval_view": trained.view.model_dump(mode="json")}
     section = {"data": json.loads(json.dumps(content)) | ({} if val is None else {"val": str(val)})}
     for change in changes:
