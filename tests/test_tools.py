@@ -490,6 +490,7 @@ OUTPUTS = {
     "embed, neighbors": (["net.pth", "{data}", "f.npz", "--neighbors", "{out}.png"], "open_trained"),
     "make_images": (["digits", "{out}"], "write"),
     "make_index": (["{data}", "{out}.index"], "open_index"),
+    "probe": (["net.pth", "--task", "knn", "--data", "{data}", "--out", "{folder}"], "open_trained"),
     "scan_images": (["{data}", "--report", "{folder}"], "open_index"),
     "show_views": (["{recipe}", "data.backend=synthetic", "--out", "{out}.png"], "views_of"),
     "train": (["{recipe}", "data.backend=synthetic", "--benchmark", "loader", "--json", "{out}.json"], "loader"),
@@ -497,7 +498,7 @@ OUTPUTS = {
 }
 
 
-TAKE_A_FOLDER = ("compare", "make_images", "scan_images")
+TAKE_A_FOLDER = ("compare", "make_images", "probe", "scan_images")
 
 
 @pytest.mark.parametrize(
