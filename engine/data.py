@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from engine.dist import World
 from engine.errors import RecipeError
 from engine.log import logger
 from engine.recipe import Recipe
-from loaders import DataError, Index
+from loaders import DataConfig, DataError, Index
 from loaders.sources import check_quarantine
 from models import methods
 from models.collectives import world_size
@@ -31,17 +31,28 @@ def open_indices(recipe: Recipe, world: World) -> dict[str, Index]:
         DataError: they cannot be used, or do not fit the recipe.
         RankError: on another rank.
     """
-    first = dist.together(lambda: open_here(recipe) if world.local_rank == 0 else None)
-    if first:
-        _say(recipe, first)
+    found = open_once(lambda: open_here(recipe), recipe.data, world)
+    if world.local_rank == 0:
+        _say(recipe, found)
+    return found
+
+
+def open_once(open_them: Callable[[], dict[str, Index]], data: DataConfig, world: World) -> dict[str, Index]:
+    """Data sets by name, the same on all ranks: one process of each machine opens, the others map what it found.
+
+    Raises:
+        DataError: what `open_them` raises.
+        RankError: on another rank.
+    """
+    first = dist.together(lambda: open_them() if world.local_rank == 0 else None)
     places = dist.gather_objects({name: loaders.place_of(index) for name, index in first.items()} if first else {})
     ours = places[world.rank - world.local_rank]  # of this machine's reader
-    return dist.together(lambda: first or _map(recipe, ours))
 
+    def mapped() -> dict[str, Index]:
+        found = {name: loaders.map_index(data, place) for name, place in ours.items() if place}
+        return found if len(found) == len(ours) else open_them()  # nowhere to write, or nothing to read
 
-def _map(recipe: Recipe, places: dict[str, loaders.IndexPlace | None]) -> dict[str, Index]:
-    found = {name: loaders.map_index(recipe.data, place) for name, place in places.items() if place}
-    return found if len(found) == len(places) else open_here(recipe)  # nowhere to write, or nothing to read
+    return dist.together(lambda: first or mapped())
 
 
 def open_here(recipe: Recipe) -> dict[str, Index]:
@@ -179,13 +190,30 @@ def _unusable(index: Index) -> str:
 def _check_classes(recipe: Recipe, number: int, indices: dict[str, Index]) -> None:
     names = names_of(recipe, number)
     known = names.get("train", "train")  # what answers are given in
-    ours, theirs = indices[names["val"]].classes, indices[known].classes
-    if ours != theirs:
+    check_classes(
+        _named(recipe, names["val"], indices),
+        indices[names["val"]].classes,
+        _named(recipe, known, indices),
+        indices[known].classes,
+    )
+
+
+def check_classes(name: str, ours: Sequence[str], other: str, theirs: Sequence[str]) -> None:
+    """Refuse a data set whose classes are not those that answers are given in.
+
+    Args:
+        name, ours: of the data set, and its classes.
+        other, theirs: of what the answers come from, and its classes.
+
+    Raises:
+        DataError: they are others, or in another order.
+    """
+    if list(ours) != list(theirs):
         only = {"first": sorted({*ours} - {*theirs}), "second": sorted({*theirs} - {*ours})}
         said = [f"only the {which} has {_some(found)}" for which, found in only.items() if found]
         raise DataError(
-            f"{_named(recipe, names['val'], indices)}: its {len(ours)} classes differ from the {len(theirs)} of "
-            f"{_named(recipe, known, indices)}: {'; '.join(said) or 'the same in another order'}"
+            f"{name}: its {len(ours)} classes differ from the {len(theirs)} of {other}: "
+            f"{'; '.join(said) or 'the same in another order'}"
         )
 
 

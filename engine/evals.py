@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 import loaders
-from engine import dist, faults
+from engine import dist, faults, features
 from engine.consensus import Consensus
 from engine.dist import World
 from engine.errors import EngineError, first_line
+from engine.features import Network, Part
 from engine.recipe import EvalConfig, Recipe
 from loaders import DataConfig, DataError, Index, LoaderError
 from models.methods import Method
@@ -48,28 +49,42 @@ def run(
         indices: labeled images, `val` and, where it learns from some, `train`.
 
     Returns:
-        `top1` (and `top5`; `baselines` has names of its own) in percent, and the number of images that were measured;
-        None on all ranks where a signal cut it short, because a job that is about to be killed has no time for it.
+        `top1` and `per_class`, the mean over classes of the share of their images that are found (and `top5`;
+        `baselines` has names of its own) in percent, and the number of images that were measured; None on all ranks
+        where a signal cut it short, because a job that is about to be killed has no time for it.
 
     Raises:
         NotMeasured: it cannot be done, because of images, a loader or an error of its own on any rank.
         MachineError, Ended: memory ran out, a device or a rank is lost; that ends the run.
     """
-    data = recipe.data
     was_training, consensus = method.training, dist.consensus(world)
     dist.broadcast_buffers(method)
     method.eval()
     try:
         with torch.no_grad():
-            if config.kind == "accuracy":
-                return _accuracy(method, data, indices["val"], world, consensus)
             if config.kind == "baselines":
                 return _baselines(config, method, recipe, indices, world, consensus)
-            return _knn(config, method.evaluated, data, indices, world, consensus)
+            return measure(config, method.logits, method.evaluated, recipe.data, indices, world)
     except _Cut:
         return None
     finally:
         method.train(was_training)
+
+
+@torch.no_grad()
+def measure(
+    config: EvalConfig, scores: Network, network: Network, data: DataConfig, indices: dict[str, Index], world: World
+) -> dict[str, float]:
+    """`run` for what needs a network in evaluation mode and no method around it: every kind but `baselines`.
+
+    Args:
+        scores: images [B, 3, H, W] to class scores [B, classes].
+        network: images [B, 3, H, W] to features [B, D].
+    """
+    consensus = dist.consensus(world)
+    if config.kind == "accuracy":
+        return _accuracy(scores, data, indices["val"], world, consensus)
+    return _knn(config, network, data, indices, world, consensus)
 
 
 def _apart(action: Callable[[], T], consensus: Consensus) -> T:
@@ -103,22 +118,43 @@ def _percent(hits: Tensor, measured: Tensor | int) -> list[float]:
     return [*(100 * count / images for count in counts), images]
 
 
-def _accuracy(method: Method, data: DataConfig, index: Index, world: World, consensus: Consensus) -> dict[str, float]:
+def _accuracy(scores: Network, data: DataConfig, index: Index, world: World, consensus: Consensus) -> dict[str, float]:
+    classes = len(index.classes)
+
     def count() -> Tensor:
-        counts = torch.zeros(3, dtype=torch.float64, device=world.device)  # top-1 hits, top-5 hits, images
-        for images, label in _batches(data, index, None, world, consensus):
-            ranked = method.logits(images).topk(min(5, len(index.classes)), dim=1).indices  # [B, 5]
-            hits = ranked == label[:, None]
-            counts += torch.stack((hits[:, :1].sum(), hits.sum(), torch.tensor(len(label), device=world.device)))
+        counts = torch.zeros(2 + 2 * classes, dtype=torch.float64, device=world.device)  # top-5 hits, images, by class
+        for batch in _batches(data, index, None, world, consensus):
+            label = _labels(batch)
+            hits = scores(batch.views[0]).topk(min(5, classes), dim=1).indices == label[:, None]  # [B, 5]
+            both = hits.sum(), torch.tensor(len(label), device=world.device)
+            counts += torch.cat((torch.stack(both), *_by_class(hits[:, 0], label, classes)))
         return counts
 
-    *hits, images_seen = _apart(count, consensus)
-    return dict(zip(("top1", "top5", "measured"), _percent(torch.stack(hits), images_seen), strict=True))
+    counts = _apart(count, consensus)
+    (in_five, images_seen), found, there = counts[:2], *counts[2:].chunk(2)
+    top1, top5, measured = _percent(torch.stack((found.sum(), in_five)), images_seen)
+    return {"top1": top1, "top5": top5, "per_class": recall(found, there), "measured": measured}
+
+
+def _by_class(hit: Tensor, label: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+    """How many images of each class are found, and how many there are: two of [classes]."""
+    return torch.bincount(label[hit], minlength=classes), torch.bincount(label, minlength=classes)
+
+
+def recall(found: Tensor, there: Tensor) -> float:
+    """Mean over classes of the share of their images that are found, in percent, over all ranks; classes without images
+    left out.
+
+    Args:
+        found, there: images of each class on this rank [classes].
+    """
+    found, there = dist.total(torch.stack((found, there)).double())
+    return float(100 * (found[there > 0] / there[there > 0]).mean())
 
 
 def _knn(
     config: EvalConfig,
-    network: nn.Module,
+    network: Network,
     data: DataConfig,
     indices: dict[str, Index],
     world: World,
@@ -131,8 +167,10 @@ def _knn(
     predicted = _apart(
         lambda: knn(bank, bank_label, query, len(train.classes), config.neighbors, config.temperature), consensus
     )
-    top1, images_seen = _percent((predicted == query_label).sum()[None], len(query))
-    return {"top1": top1, "measured": images_seen}
+    hit = predicted == query_label
+    top1, images_seen = _percent(hit.sum()[None], len(query))
+    per_class = recall(*_by_class(hit, query_label, len(train.classes)))
+    return {"top1": top1, "per_class": per_class, "measured": images_seen}
 
 
 def _baselines(
@@ -175,7 +213,7 @@ def _untrained(recipe: Recipe, train: Index, rows: list[int], world: World, cons
         method = recipe.method.build()
     method.to(world.device).eval()
     batches = _batches(recipe.data, train, rows[:: max(1, len(rows) // WARM_UP)], world, consensus)
-    reestimate(method.evaluated, (images for images, _ in batches if len(images) > 1))
+    reestimate(method.evaluated, (batch.views[0] for batch in batches if len(batch.rows) > 1))
     return method
 
 
@@ -240,14 +278,6 @@ def _bank(most: int, index: Index) -> list[int]:
     return np.linspace(0, len(index), min(most, len(index)), endpoint=False).astype(np.int64).tolist()
 
 
-def _dealt(rows: Tensor, world_size: int) -> Tensor:
-    """Rows gathered rank by rank, back in the order in which they were dealt out in turns."""
-    places = torch.cat([torch.arange(rank, len(rows), world_size) for rank in range(world_size)])
-    ordered = torch.empty_like(rows)
-    ordered[places.to(rows.device)] = rows
-    return ordered
-
-
 def knn(
     bank: Tensor, bank_label: Tensor, query: Tensor, num_classes: int, neighbors: int, temperature: float
 ) -> Tensor:
@@ -261,18 +291,50 @@ def knn(
     Returns:
         Predicted labels [M].
     """
+    return knn_ranked(bank, bank_label, query, num_classes, (neighbors,), temperature, most=1)[0, :, 0]
+
+
+def knn_ranked(
+    bank: Tensor,
+    bank_label: Tensor,
+    query: Tensor,
+    num_classes: int,
+    neighbors: Sequence[int],
+    temperature: float,
+    *,
+    most: int = 5,
+    done: Callable[[int], None] = lambda queries: None,
+) -> Tensor:
+    """`knn` with any numbers of neighbors in one pass, and more than the first answer.
+
+    Args:
+        done: told after each part how many queries there are answers for.
+
+    Returns:
+        [len(neighbors), M, most], classes by descending vote, equal ones in their order; -1 where no neighbor votes.
+    """
     bank, query = F.normalize(bank.float(), dim=1), F.normalize(query.float(), dim=1)
-    predicted = []
-    for chunk in query.split(1024):
-        similarity, nearest = (chunk @ bank.T).topk(min(neighbors, len(bank)), dim=1)  # [m, k], largest first
-        votes = torch.zeros(len(chunk), num_classes, device=bank.device)
-        votes.scatter_add_(1, bank_label[nearest], ((similarity - similarity[:, :1]) / temperature).exp())
-        predicted.append(votes.argmax(dim=1))
-    return torch.cat(predicted) if predicted else bank_label.new_empty(0)
+    most = min(most, num_classes)
+    ranked = bank_label.new_empty(len(neighbors), len(query), most)
+    for start in range(0, len(query), size := max(1, min(1024, _SIMILARITIES // max(len(bank), 1)))):
+        chunk = query[start : start + size]
+        similarity, nearest = (chunk @ bank.T).topk(min(max(neighbors), len(bank)), dim=1)  # [m, k], largest first
+        weight, label = ((similarity - similarity[:, :1]) / temperature).exp(), bank_label[nearest]
+        for number, count in enumerate(neighbors):
+            votes = torch.zeros(len(chunk), num_classes, device=bank.device)
+            votes.scatter_add_(1, label[:, :count], weight[:, :count])
+            votes, classes = votes.sort(dim=1, descending=True, stable=True)
+            ranked[number, start : start + len(chunk)] = classes.where(votes > 0, -1)[:, :most]
+        done(start + len(chunk))
+    return ranked
+
+
+_SIMILARITIES = 1 << 28
+"""That are computed at a time: 1 GiB."""
 
 
 def _bank_and_query(
-    extract: Callable[[Tensor], Tensor],
+    network: Network,
     rows: list[int],
     data: DataConfig,
     indices: dict[str, Index],
@@ -281,47 +343,36 @@ def _bank_and_query(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Features [N, D] and labels [N] of the bank, in the order of the index for any number of ranks, and both of this
     rank's share of the validation images."""
-    mine, (query, query_label) = _apart(
+    mine, query = _apart(
         lambda: (
-            _features(extract, data, indices["train"], rows, world, consensus),
-            _features(extract, data, indices["val"], None, world, consensus),
+            _features(network, data, indices["train"], rows, world, consensus),
+            _features(network, data, indices["val"], None, world, consensus),
         ),
         consensus,
     )
-    bank, bank_label = (_dealt(dist.gather_rows(part), world.world_size) for part in mine)  # dealt out in turns
-    if not len(bank):
+    bank = features.gathered(mine)
+    if not len(bank.rows):
         raise NotMeasured("no training image can be decoded")
-    return bank, bank_label, query, query_label
+    assert bank.label is not None and query.label is not None
+    return bank.array, bank.label, query.array, query.label
 
 
 def _features(
-    network: Callable[[Tensor], Tensor],
-    data: DataConfig,
-    index: Index,
-    rows: list[int] | None,
-    world: World,
-    consensus: Consensus,
-) -> tuple[Tensor, Tensor]:
-    features, labels = [], []
-    for images, label in _batches(data, index, rows, world, consensus):
-        features.append(network(images))
-        labels.append(label)
-    if not features:  # fewer images than ranks
-        width = network(torch.zeros(1, 3, *(data.eval_view.size,) * 2, device=world.device)).shape[1]
-        return torch.zeros(0, width, device=world.device), torch.zeros(0, dtype=torch.int64, device=world.device)
-    return torch.cat(features), torch.cat(labels)
+    network: Network, data: DataConfig, index: Index, rows: Sequence[int] | None, world: World, consensus: Consensus
+) -> Part:
+    found = features.parts(network, _batches(data, index, rows, world, consensus))
+    return features.joined(found, network, data, world.device)
 
 
 def _batches(
-    data: DataConfig, index: Index, rows: list[int] | None, world: World, consensus: Consensus
-) -> Iterator[tuple[Tensor, Tensor]]:
-    loader = loaders.open_eval(data, index, rows=rows, place=world.place)
-    try:
-        for batch in loader:
-            if consensus.asked_to_stop or consensus.ending is not None:
-                return
-            assert batch.label is not None  # refused at the start
-            if len(batch.label):
-                yield batch.views[0], batch.label
-    finally:
-        loader.close()
+    data: DataConfig, index: Index, rows: Sequence[int] | None, world: World, consensus: Consensus
+) -> Iterator[loaders.Batch]:
+    def is_over() -> bool:
+        return consensus.asked_to_stop or consensus.ending is not None
+
+    return features.batches(data, index, rows, world, is_over=is_over)
+
+
+def _labels(batch: loaders.Batch) -> Tensor:
+    assert batch.label is not None  # refused at the start
+    return batch.label

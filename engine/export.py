@@ -168,8 +168,9 @@ def packed(trained: Trained, folded: Folded) -> Network:
     layers[0].blobs["table"] = table.contiguous().numpy()
     metadata: dict[str, Any] = {
         "classes": list(trained.classes),
-        "resize": view.resize,
+        "resize": None if view.crop == "whole" else view.resize,
         "crop": view.size,
+        "whole": view.crop == "whole",
         "interpolation": view.interpolation,
         "mean": list(trained.mean),
         "std": list(trained.std),

@@ -299,6 +299,29 @@ def _line(step: int, horizon: Horizon, scalars: dict[str, Any], evaluation: str 
     return "  ".join(words)
 
 
+class Progress:
+    """Lines about work on many items: how many are done, how fast, and how long the rest will take.
+
+    Args:
+        what: is done.
+        total: items.
+        unit: what they are.
+        every: seconds between two lines; what takes less gets none.
+    """
+
+    def __init__(self, what: str, total: int, unit: str, every: float = 15.0) -> None:
+        self.what, self.total, self.unit, self.every = what, total, unit, every
+        self._started = self._said = time.monotonic()
+
+    def update(self, done: int) -> None:
+        """So many are done by now."""
+        now = time.monotonic()
+        if now - self._said >= self.every and 0 < done < self.total:
+            self._said, speed = now, done / (now - self._started)
+            left = duration((self.total - done) / speed)
+            logger.info(f"{self.what}: {done:,} of {self.total:,} {self.unit}, {rate(speed)}/s, {left} left")
+
+
 def rate(images_per_second: float) -> str:
     """Images per second, with digits enough to compare them."""
     return f"{images_per_second:,.0f}" if images_per_second >= 100 else f"{images_per_second:.3g}"

@@ -214,10 +214,9 @@ def resolve(content: dict[str, Any], path: Path) -> Recipe:
         content["data"].setdefault("backend", loaders.AUTO)
         _decide(content["data"], content["run"] if isinstance(content["run"], dict) else {})
     config = _named(content, "method", "name", methods.available(), methods.load, path).Config
-    options = _named(content, "data", "backend", loaders.backends(), loaders.load, path).Options
     # Typed by hand: the section classes of this recipe's method and back end are known only now.
     make: Any = create_model
-    data_model = make("DataConfig", __base__=loaders.DataConfig, options=(options, ...))
+    data_model = _data_model(content, path)
     model: type[Recipe] = make("Recipe", __base__=Recipe, method=(config, ...), data=(data_model, ...))
     try:
         recipe = model.model_validate_json(json.dumps(content))
@@ -227,6 +226,41 @@ def resolve(content: dict[str, Any], path: Path) -> Recipe:
         said = [f"{key}: {text}{_origin(path, content, key.split('.'))}" for key, text in problems.items()]
         raise RecipeError(f"{path}: {'; '.join(said)}")
     return recipe
+
+
+def _data_model(content: dict[str, Any], path: Path) -> type[loaders.DataConfig]:
+    make: Any = create_model
+    options = _named(content, "data", "backend", loaders.backends(), loaders.load, path).Options
+    model: type[loaders.DataConfig] = make("DataConfig", __base__=loaders.DataConfig, options=(options, ...))
+    return model
+
+
+def resolve_data(data: dict[str, Any], path: Path, *, device: str = "auto") -> loaders.DataConfig:
+    """Validate a `data` section without a run around it.
+
+    Args:
+        data: its content; where it names no back end, it gets the best one here that reads all that it names.
+        path: for messages.
+        device: as `run.device`.
+
+    Raises:
+        RecipeError: anything wrong with a key or value.
+    """
+    roots = [Path(data[name]) for name in ("val", "train") if isinstance(data.get(name), str)]
+    content = {"data": {"options": {}, "backend": loaders.AUTO, **data}}
+    for root in (*roots, None) if content["data"]["backend"] == loaders.AUTO else ():
+        chosen: dict[str, Any] = {"backend": loaders.AUTO, "train": root if root is None else str(root)}
+        _decide(chosen, {"device": device})
+        content["data"]["backend"] = chosen["backend"]
+        if not any(loaders.load(chosen["backend"]).Options.refuses(root) for root in roots):
+            break
+    make: Any = create_model
+    model = make("Reading", __base__=Strict, data=(_data_model(content, path), ...))
+    try:
+        found: loaders.DataConfig = model.model_validate_json(json.dumps(content)).data
+    except ValidationError as error:
+        raise RecipeError(f"{path}: {explain(error, model, content)}") from None
+    return found
 
 
 def _origin(path: Path, content: Any, keys: Sequence[str | int]) -> str:

@@ -1,4 +1,4 @@
-"""Opens what was trained, for use: a run folder, one of its checkpoints, or a published weight file.
+"""Opens what was trained, for use: a run folder, one of its checkpoints, a published weight file, or a packed network.
 
 trained = open_trained("runs/linear_burn_stage2")
 scores = trained.network(trained.image("cat.jpg"))      # [1, classes]; features where nothing classifies
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import hashlib
 import itertools
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -16,8 +17,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 import loaders
@@ -33,6 +36,7 @@ from loaders.views import View
 from models import backbones, weights
 from models.contract import Backbone
 from models.statistics import reestimate
+from runtime import BnnError, Runtime, bnn, native
 
 VALIDATION = View.model_validate({"preset": "validation"})
 """The evaluation view of a published file, which names none."""
@@ -62,6 +66,8 @@ class Trained:
     """Of the checkpoint; None of a published file."""
     is_finished: bool = True
     """Whether the run had reached its end."""
+    names: tuple[str, ...] = ()
+    """Of the classes, where the file has them: a packed network's does."""
 
     @property
     def backbone(self) -> Backbone:
@@ -78,7 +84,7 @@ class Trained:
         """Names of the classes in the order of the scores: those of the run's images, or () where these are not on this
         machine, have no labels, or nothing classifies."""
         if self.recipe is None or self.classifier is None:
-            return ()
+            return self.names
         for split in ("val", "train"):
             try:
                 names = loaders.open_data(self.recipe.data, split).classes
@@ -110,9 +116,9 @@ def open_trained(path: Path | str, *, step: int | None = None, part: str | None 
     """Open what was trained.
 
     Args:
-        path: a run folder, a checkpoint, or a published weight file in one of the layouts of `models/weights.py`. Such
-            a file says neither whether weights are binary nor how large its images are: a ReActNet is taken for an
-            all-binary one whose stem halves the image, images for ImageNet's.
+        path: a run folder, a checkpoint, a packed network of tools/export.py, or a published weight file in one of the
+            layouts of `models/weights.py`. Such a file says neither whether weights are binary nor how large its images
+            are: a ReActNet is taken for an all-binary one whose stem halves the image, images for ImageNet's.
         step: of a run folder, the step of the checkpoint; by default the newest that is intact.
         part: a network of the method or file, without a classifier; by default what its evaluations measure.
 
@@ -128,6 +134,8 @@ def open_trained(path: Path | str, *, step: int | None = None, part: str | None 
         raise CheckpointError(f"{path}: a step can be chosen in a run folder only, expected one")
     elif checkpoint.is_named(path) and path.exists() and not checkpoint.is_intact(path):
         raise CheckpointError(f"{path}: damaged, its content does not match the hash in its name")
+    if _is_packed(path):
+        return _packed(path, part)
     if checkpoint.is_named(path):
         return _of_run(checkpoint.load(path), path, part)
     content = weights.read_file(path)
@@ -219,6 +227,110 @@ def _published(content: Any, path: Path, part: str | None) -> Trained:
         source=path,
         part=chosen,
     )
+
+
+# ------------------------------------------------------------------------------------------------ packed networks
+
+
+class Packed(Backbone):
+    """A packed network up to its features, which the runtime computes, on the CPU."""
+
+    layers = ("features",)
+    config = None
+
+    def __init__(self, path: Path, content: bytes) -> None:
+        """
+        Raises:
+            BnnError: it is none, or cannot be run here.
+        """
+        super().__init__()
+        self.runtime = Runtime(path, threads=min(torch.get_num_threads(), native.MAX_THREADS))
+        self.out_channels = self.runtime.info["features"]
+        self.register_buffer("content", torch.frombuffer(bytearray(content), dtype=torch.uint8))
+
+    def check_side(self, side: int) -> None:
+        """It takes images of one side."""
+        if side != self.runtime.info["side"]:
+            raise ValueError(f"image side {side} does not fit, the network is packed for {self.runtime.info['side']}")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images [B, 3, side, side], normalized as the file says, to features [B, D]."""
+        images = np.ascontiguousarray(x.cpu().numpy(), dtype=np.float32)
+        return torch.from_numpy(self.runtime.features(images)).to(x.device)
+
+
+def _is_packed(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return file.read(len(bnn.MAGIC)) == bnn.MAGIC
+
+
+def _packed(path: Path, part: str | None) -> Trained:
+    if part is not None:
+        raise CheckpointError(f"{path}: has no network '{part}', a packed one has no parts")
+    try:
+        content = path.read_bytes()
+        network = bnn.read(content)
+        backbone = Packed(path, content)
+    except BnnError as error:
+        raise CheckpointError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
+    info = network.metadata
+    crop = "whole" if info.get("whole") else "center"
+    try:
+        view = View.model_validate(
+            {"crop": crop, "size": network.side, "resize": info["resize"], "interpolation": info["interpolation"]}
+        )
+        mean, std = (_three(info[key]) for key in ("mean", "std"))
+    except (KeyError, TypeError, ValueError) as error:
+        what = "a view" if isinstance(error, ValidationError) else f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{path}: does not say how images are cut and normalized ({what})") from None
+    classifier = None
+    if network.feature_layers < len(network.layers):
+        classifier = _linear(network.layers[-1])
+    names, step = info.get("classes"), info.get("step")
+    is_named = isinstance(names, list) and len(names) == network.outputs and all(isinstance(n, str) for n in names)
+    return Trained(
+        _ready(backbone, classifier),
+        view=view,
+        mean=mean,
+        std=std,
+        name=str(info.get("name", path.name)),
+        source=path,
+        part=str(info.get("part", "")),
+        step=step if isinstance(step, int) else None,
+        names=tuple(names) if is_named and classifier is not None else (),  # type: ignore[arg-type]
+    )
+
+
+def _three(numbers: Any) -> tuple[float, float, float]:
+    one, two, three = map(float, numbers)
+    return one, two, three
+
+
+def _linear(layer: bnn.Layer) -> nn.Linear:
+    """A packed linear layer with its numbers as float32."""
+    weight = layer.blobs["weight"].astype(np.float32)
+    if "scale" in layer.blobs:
+        weight *= layer.blobs["scale"][:, None]
+    linear = nn.Linear(weight.shape[1], weight.shape[0])
+    linear.weight.data, linear.bias.data = (torch.from_numpy(a.copy()) for a in (weight, layer.blobs["bias"]))
+    return linear
+
+
+def hash_of(network: nn.Module) -> str:
+    """Of all that decides what a network answers in evaluation mode, 16 hex digits: the keys of its backbones but for
+    those that say how they learn, and names, types and numbers of its tensors."""
+    digest = hashlib.sha256()
+    for name, part in network.named_modules():
+        if isinstance(part, Backbone) and part.config is not None:
+            keys = part.config.model_dump_json(exclude=set(part.config.only_in_training))
+            digest.update(f"{name} {keys}\n".encode())
+    for name, value in network.state_dict().items():
+        if not name.endswith("num_batches_tracked"):
+            digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
 
 
 def _ready(backbone: nn.Module, classifier: nn.Module | None) -> nn.Sequential:

@@ -92,6 +92,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "clothes": {**_SMALL, "scale": (0.3, 1.0), "flip": 0.5},
     "crop_flip": {"crop": "random", "size": 224, "scale": (0.08, 1.0), "flip": 0.5},
     "validation": {"crop": "center", "size": 224, "resize": 256},
+    # All of the picture, its shape not kept: what VOC07's SVMs are shown (Goyal et al. 2019).
+    "whole": {"crop": "whole", "size": 224},
 }
 
 
@@ -104,7 +106,9 @@ class View(Strict):
 
     size: int = Field(ge=1, le=4096)
     """Side of the square output in pixels."""
-    crop: Literal["random", "center"]
+    crop: Literal["random", "center", "whole"]
+    """`random`: torchvision's RandomResizedCrop. `center`: the middle, after the shorter side was resized. `whole`: all
+    of the image, resized to a square whatever its shape."""
     scale: tuple[float, float] = (0.08, 1.0)
     """Random crop: bounds of its share of the image's area."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
+import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
+
+Layer = Literal["features", "pooled", "map"]
+"""What is taken from a backbone: behind `fc` and its ReLU, the pooled last map, or that map in four windows."""
+LAYERS: tuple[Layer, ...] = get_args(Layer)
 
 
 class Strict(BaseModel):
@@ -47,12 +52,37 @@ class BackboneConfig(Strict):
 class Backbone(nn.Module):
     """Base of the backbones: images [B, 3, H, W] to features [B, `out_channels`]."""
 
+    config: Any
+    """The `BackboneConfig` that it was built from."""
     out_channels: int
     fused: bool = False
     """Run training steps in the fused form, where the config is `fusable`; state and keys stay the same."""
     folds: bool = False
     """In evaluation mode, run with BatchNorm folded into the convolutions, where the network can."""
 
+    layers: tuple[Layer, ...] = LAYERS
+    """What `layer` can give."""
+
+    def check_side(self, side: int) -> None:
+        """As `BackboneConfig.check_side`."""
+        self.config.check_side(side)
+
+    def map(self, x: Tensor) -> Tensor:
+        """Images [B, 3, H, W] to the last map [B, C, h, w]."""
+        raise NotImplementedError
+
     def pooled(self, x: Tensor) -> Tensor:
         """Images [B, 3, H, W] to the pooled last map [B, C]; the features, where nothing follows it."""
         return self(x)
+
+    def layer(self, name: Layer, x: Tensor) -> Tensor:
+        """Images [B, 3, H, W] to what one of `layers` makes of them [B, D]."""
+        return self(x) if name == "features" else self.pooled(x) if name == "pooled" else windows(self.map(x))
+
+
+def windows(last: Tensor) -> Tensor:
+    """A map [B, C, H, W], averaged over windows of side H - 1 and stride 1 and flattened: [B, C · 4], windows of a
+    channel side by side, row by row; [B, C] of a map with one place. Of ReActNet-A and ResNet-50 at 224 pixels
+    windows of 6 of 7, as VOC07's SVMs are trained on (Goyal et al. 2019; BURN's pooling table)."""
+    kernel = [max(side - 1, 1) for side in last.shape[2:]]
+    return F.avg_pool2d(last, kernel, stride=1).flatten(1)

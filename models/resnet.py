@@ -54,13 +54,17 @@ class ResNet(Backbone):
                 self._folded, self._folded_from = [folded(self)], now
         return self
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Images [B, 3, H, W] to features [B, 512 or 2048]."""
+    def map(self, x: Tensor) -> Tensor:
+        """Images [B, 3, H, W] to the last map [B, 512 or 2048, H/32, W/32] (H/8 with `stem: small`)."""
         if self._folded and not self.training:
-            return self._folded[0](x)
+            return self._folded[0].map(x)
         for module in self.children():
             x = module(x)
-        return torch.flatten(x.mean(dim=(2, 3)), 1)
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images [B, 3, H, W] to features [B, 512 or 2048]."""
+        return torch.flatten(self.map(x).mean(dim=(2, 3)), 1)
 
 
 @torch.no_grad()

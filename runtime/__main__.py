@@ -124,6 +124,8 @@ def read_image(path: Path, network: Network) -> NDArray[np.uint8]:
     except Exception as error:  # damage makes Pillow's readers raise whatever there is
         reason = str(error).split("<_io", 1)[0].strip() or type(error).__name__
         raise BnnError(f"{path}: cannot be decoded: {reason}") from None
+    if resize is None:
+        return np.array(picture.resize((network.side, network.side), Image.Resampling[mode.upper()]))
     shorter = min(picture.size)
     width, height = (resize * side // shorter for side in picture.size)
     if width * height > _MOST_RESIZED:
@@ -153,17 +155,20 @@ def _rgb(image_module: Any, content: bytes) -> Any:
     return picture.convert("RGB")
 
 
-def _view(path: Path, network: Network) -> tuple[int, str]:
-    """Shorter side after resizing, and how it is resized."""
+def _view(path: Path, network: Network) -> tuple[int | None, str]:
+    """Shorter side after resizing, None where all of the picture is resized to a square; and how it is resized."""
     metadata = network.metadata
     resize, crop, mode = (metadata.get(key) for key in ("resize", "crop", "interpolation"))
-    is_known = type(resize) is int and network.side <= resize <= 8192 and mode in ("bilinear", "bicubic")
-    if not is_known or crop != network.side:
+    if metadata.get("whole") is True:
+        is_known = resize is None
+    else:
+        is_known = type(resize) is int and network.side <= resize <= 8192
+    if not is_known or mode not in ("bilinear", "bicubic") or crop != network.side:
         raise BnnError(
             f"{path}: the network's file does not say how pictures are resized; give a .npy of uint8 "
             f"[{network.side}, {network.side}, 3]"
         )
-    return resize, str(mode)  # type: ignore[return-value]
+    return resize, str(mode)
 
 
 def _read_array(path: Path, side: int) -> NDArray[np.uint8]:

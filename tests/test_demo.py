@@ -9,6 +9,7 @@ import yaml
 from PIL import Image
 
 from engine import recipe as recipes
+from engine.features import Features
 from engine.results.chain import Run
 from tests.images import jpeg, picture
 from tests.processes import tool
@@ -93,6 +94,9 @@ def test_from_pictures_to_a_network(tmp_path, monkeypatch, capsys):
     assert "kept as it is" in capsys.readouterr().out and yaml.safe_load(edited.read_text()) == content
     assert np.array(Image.open(out / "report.png")).std() > 10
     report = (out / "report.md").read_text()
+    features = Features.load(out / "features.npz")
+    assert features.array.shape == (41, 8) and features.left_out == 1 and features.label is None
+    assert np.array(Image.open(out / "neighbors.png")).std() > 10 and "](neighbors.png)" in report
     assert "`features/rank`" in report and "`outputs/information`" in report and "BURN on 42 pictures" in report
     assert all(Run(out / "recipes" / f"{name}.yaml", []).is_done() for name in ("teacher", "stage1", "stage2"))
     metrics = [json.loads(line) for line in (out / "stage2" / "metrics.jsonl").read_text().splitlines()]

@@ -350,11 +350,12 @@ def packed(classifier, tmp_path_factory):
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-@pytest.mark.parametrize(("side", "resize"), [(32, 32), (32, 37), (48, 75)])
+@pytest.mark.parametrize(("side", "resize"), [(32, 32), (32, 37), (48, 75), (48, None)])
 def test_pictures_are_cut_as_evaluations_see_them(side, resize, interpolation, tmp_path, packed):
-    view = View(crop="center", size=side, resize=resize, interpolation=interpolation)
+    view = View(crop="center" if resize else "whole", size=side, resize=resize, interpolation=interpolation)
     network = bnn.read(packed)._replace(
-        side=side, metadata={"resize": resize, "crop": side, "interpolation": interpolation}
+        side=side,
+        metadata={"resize": resize, "whole": resize is None, "crop": side, "interpolation": interpolation},
     )
     root = write_tree(tmp_path, count=12)
     odd_files(root)

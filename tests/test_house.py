@@ -91,7 +91,8 @@ def test_optional_packages_are_imported_where_they_are_used():
     homes = {
         "nvidia": ("loaders/dali_loader.py",),
         "matplotlib": ("engine/results/figures.py", "tools/"),
-        "sklearn": ("tools/",),
+        "sklearn": ("engine/svm.py", "tools/"),
+        "threadpoolctl": ("engine/svm.py",),
         "safetensors": ("models/weights.py",),
         "openvino": ("engine/openvino.py",),
     }

@@ -182,6 +182,23 @@ def test_folder_is_torchvision(tree):
             assert np.abs(got - expected).max() <= 2
 
 
+@pytest.mark.parametrize("backend", [*FILES, "ffcv"])
+def test_the_whole_image_is_a_window_like_any_other(backend, tree):
+    whole = View.model_validate({"preset": "whole", "size": 24})
+    mirrored = whole.model_copy(update={"flip": 1.0, "interpolation": "bicubic"})
+    data = config(backend, tree, views=(mirrored,), eval_view=whole)
+    index = loaders.open_data(config("folder", tree), "val")
+    mean, std = torch.tensor(data.mean)[:, None, None], torch.tensor(data.std)[:, None, None]
+    usual, most = (1.0, 12) if backend == "dali" else (0.25, 4)
+    for batch, flips in [*((b, True) for b in take(open_train(data), 6)), *((b, False) for b in open_eval(data))]:
+        for row, crop in zip(batch.rows.tolist(), batch.views[0], strict=True):
+            filter = Image.Resampling.BICUBIC if flips else Image.Resampling.BILINEAR
+            expected = np.array(Image.open(index.path(row)).convert("RGB").resize((24, 24), filter)).astype(int)
+            got = ((crop * std + mean) * 255).round().permute(1, 2, 0).numpy()
+            apart = np.abs(got - (expected[:, ::-1] if flips else expected))
+            assert apart.mean() <= usual and apart.max() <= most, (row, flips)
+
+
 # ------------------------------------------------------------------------------------------------ bad files
 
 

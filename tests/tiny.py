@@ -29,7 +29,8 @@ def tiny_overrides(path: Path, folder: Path) -> list[str]:
     overrides = [
         f"run.folder={folder}",
         "data.backend=synthetic",
-        "data.options={num_images: 40, num_val_images: 16, num_classes: 4, side: 36}",
+        "data.options={num_images: 40, num_val_images: 16, num_classes: 4, side: 36, "
+        f"with_boxes: {json.dumps(content.data.options.gives_boxes)}}}",
         "data.expect_images=null",
         "data.batch_size=16",
         "data.micro_batch=8",

@@ -4,8 +4,9 @@
     python tools/demo.py photos/             # your own pictures, no labels needed
 
 Of the digits each network is evaluated with a linear classifier. Of pictures without labels the report shows the meters
-that need none, and what the network takes for similar; recipes are chosen from their number and size and written into
-the output's folder, to be edited: what lies there is kept. Started again, either continues where it left off. Nothing
+that need none, and what the network takes for similar; the features of all pictures lie beside it in a file for numpy.
+Recipes are chosen from their number and size and written into the output's folder, to be edited: what lies there is
+kept. Started again, either continues where it left off. Nothing
 happens here that `tools/train.py` could not do one by one. All methods side by side: tools/compare.py.
 """
 
@@ -22,13 +23,16 @@ import make_images
 import numpy as np
 import torch
 import yaml
+from embed import embed, pixels_of_all
+from embed import similar as similar_to
 from torch import Tensor
 
 import loaders
-from engine import checkpoint, train
 from engine import recipe as recipes
+from engine import train
 from engine.errors import Stopped, guarded
 from engine.export import export
+from engine.features import Features, data_of
 from engine.log import duration, to_console
 from engine.provenance import environment
 from engine.recipe import Recipe
@@ -442,40 +446,31 @@ def run_pictures(pictures: Path, out: Path, images: int | None, *, is_plan: bool
     teacher, stage1, stage2 = done
     title = f"BURN on {len(index):,} pictures of {pictures}: ReActNet-A x{choice.width / 32:g} at {choice.side} pixels"
     stages = {"stage 1": stage1.folder, "stage 2": stage2.folder}
-    draw(out / "report.png", title, teacher.folder, stages, sample_views(stage2), similar=similar_images(stage2))
+    print()
+    features = embed(open_trained(stage2.folder), pictures, out / FEATURES, UNLABELED, sheet=out / SHEET)
+    assert features is not None  # in a process alone
+    shown = similar_images(features, stage2, pictures)
+    draw(out / "report.png", title, teacher.folder, stages, sample_views(stage2), similar=shown)
     (out / "report.md").write_text(report_of(title, pictures, done), encoding="utf-8")
     elapsed = duration(time.perf_counter() - started)
-    print(f"\nreport: {out / 'report.md'} and {out / 'report.png'}; network: {stage2.folder}; {elapsed} in this call")
+    print(f"\nreport: {out / 'report.md'} and {out / 'report.png'}; network: {stage2.folder}; features: "
+          f"{out / FEATURES}, {out / SHEET}; {elapsed} in this call")  # fmt: skip
 
 
 LEAST = 16
 """Pictures that something can be learned from at all."""
 
 
-def similar_images(recipe: Recipe) -> Tensor:
-    """Some images of a run's data set, each with those whose features are nearest by cosine: uint8
-    [Q, 1 + K, size, size, 3]."""
-    data = recipe.data
-    index = loaders.open_data(data, "train")
-    rows = np.linspace(0, len(index), min(len(index), 2000), endpoint=False).astype(np.int64).tolist()
-    path, _ = checkpoint.latest(recipe.folder / "checkpoints")
-    assert path is not None  # it has just been written
-    method = recipe.method.build()
-    method.load_state_dict(checkpoint.load(path)["method"])
-    method.eval()
-    loader = loaders.open_eval(data, index, rows=rows)
-    features, pixels = [], []
-    with torch.no_grad():
-        for batch in loader:
-            if len(batch.rows):
-                features.append(torch.nn.functional.normalize(method.evaluated(batch.views[0]).float(), dim=1))
-                pixels.append(to_pixels(batch.views[0], data.mean, data.std))
-    loader.close()
-    feature, pixel = torch.cat(features), torch.cat(pixels)
-    queries = torch.linspace(0, len(feature) - 1, min(SHOWN[0], len(feature))).long()
-    likeness = feature[queries] @ feature.T
-    likeness[torch.arange(len(queries)), queries] = 2.0  # each is most similar to itself
-    return pixel[likeness.topk(min(1 + SHOWN[1], len(feature)), dim=1).indices]
+FEATURES, SHEET = "features.npz", "neighbors.png"
+UNLABELED = ("data.labels=none",)
+
+
+def similar_images(features: Features, recipe: Recipe, pictures: Path) -> Tensor:
+    """Some pictures, each with those whose features are nearest by cosine: uint8 [Q, 1 + K, size, size, 3]."""
+    data = data_of(open_trained(recipe.folder), UNLABELED, val=pictures)
+    index = loaders.open_root(data, str(pictures), labels=data.labels)
+    asked, found, _ = similar_to(features, *SHOWN)
+    return torch.from_numpy(pixels_of_all(features, data, index, asked, found))
 
 
 def report_of(title: str, pictures: Path, done: list[Recipe]) -> str:
@@ -491,6 +486,9 @@ def report_of(title: str, pictures: Path, done: list[Recipe]) -> str:
         [
             f"# {title}", "", "![curves, views, similar images](report.png)", "",
             "| meter, at the end | teacher | stage 1 | stage 2 | healthy |", "|---|---|---|---|---|", *lines, "",
+            f"![each picture with its eight nearest]({SHEET})", "",
+            f"The features of all pictures: `{FEATURES}` beside this file, `numpy.load` opens it; of others: "
+            f"`python tools/embed.py {stage2.folder} PHOTOS out.npz --neighbors similar.png` (docs/downstream.md).", "",
             "What each meter means, and what to do where it is not healthy: docs/meters.md. A loss that falls shows "
             "nothing by itself: look at the rows of similar images.", "",
             "To go on:", "",

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from engine.bench.step import Result
 from engine.errors import RecipeError
 from engine.results.runs import metrics
@@ -113,6 +116,34 @@ def draw_comparison(out: Path, title: str, entries: Sequence[Entry], curves: dic
     plt.close(figure)
 
 
+def draw_neighbors(
+    out: Path, title: str, images: NDArray[np.uint8], distances: NDArray[np.float32], same: NDArray[np.bool_] | None
+) -> None:
+    """Draw images, each with those that are nearest to it.
+
+    Args:
+        out: PNG file.
+        title: heading.
+        images: [Q, 1 + K, side, side, 3], the query first.
+        distances: [Q, K], printed below.
+        same: [Q, K], whether a neighbor is of the query's class: its frame is green or red; None without labels.
+    """
+    plt = pyplot()
+    rows, columns = images.shape[:2]
+    size = (1.25 * columns, 1.45 * rows + 0.5)
+    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    figure.suptitle(title, fontsize=10)
+    for (row, column), axis in np.ndenumerate(axes):
+        axis.imshow(images[row, column], interpolation="nearest")
+        axis.set(xticks=[], yticks=[])
+        axis.set_xlabel("image" if column == 0 else f"{distances[row, column - 1]:.3f}", fontsize=8, labelpad=2)
+        color = "black" if same is None or column == 0 else "tab:green" if same[row, column - 1] else "tab:red"
+        for spine in axis.spines.values():
+            spine.set(color=color, linewidth=1 if color == "black" else 2.5)
+    figure.savefig(out, dpi=110, format="png")
+    plt.close(figure)
+
+
 def draw_phases(result: Result, out: Path) -> None:
     """Draw a bar of phases for each variant of the step benchmark.
 
@@ -138,4 +169,34 @@ def draw_phases(result: Result, out: Path) -> None:
     axis.set(title=f"{result.recipe} on {result.device}: one step by phase", xlabel="milliseconds")
     axis.legend(ncols=len(phases), fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.25))
     figure.savefig(out, dpi=110)
+    plt.close(figure)
+
+
+def draw_low_shot(
+    out: Path, title: str, curves: dict[str, dict[int, tuple[float, float, float]]], levels: dict[str, float]
+) -> None:
+    """Draw mAP over the number of images that show a class, a line for each network.
+
+    Args:
+        out: PNG file.
+        title: heading.
+        curves: network -> images -> mean, least and most over samples, in percent.
+        levels: network -> mAP with all images, drawn as a dotted line.
+    """
+    plt = pyplot()
+    figure, axis = plt.subplots(figsize=(8, 5.5), layout="constrained")
+    for number, (name, points) in enumerate(curves.items()):
+        shots, color = sorted(points), f"C{number % 10}"
+        mean, low, high = zip(*(points[count] for count in shots), strict=True)
+        axis.plot(shots, mean, "o-", color=color, label=name)
+        axis.fill_between(shots, low, high, color=color, alpha=0.2, linewidth=0)
+        if name in levels:
+            axis.axhline(levels[name], color=color, linestyle=":", label=f"{name}, all images")
+    ticks = sorted({count for points in curves.values() for count in points})
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(ticks, [str(count) for count in ticks])
+    axis.minorticks_off()
+    axis.set(title=title, xlabel="images of each class", ylabel="mAP %")
+    axis.legend(fontsize=8)
+    figure.savefig(out, dpi=110, format="png")
     plt.close(figure)
