@@ -140,6 +140,9 @@ class InitConfig(Strict):
     source: PathText = Field(alias="from")
     load: dict[str, str] = Field(min_length=1)
     """Part of this method -> part of the source; a list of names loads each under its own."""
+    drop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Modules of the loaded parts that the networks here do not have, such as `fc`: left out. One that the source does
+    not have, or that a network here has, is refused."""
 
     @field_validator("load", mode="before")
     @classmethod

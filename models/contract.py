@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
@@ -21,6 +22,8 @@ class BackboneConfig(Strict):
     arch: Any
     only_in_training: ClassVar[tuple[str, ...]] = ()
     """Keys that say how the network learns, not what it computes."""
+    on_top: ClassVar[Mapping[str, str]] = {}
+    """Keys that put a module on top of the network -> that module: without it the rest computes the same."""
 
     @property
     def fusable(self) -> bool:

@@ -24,6 +24,7 @@ class Config(BackboneConfig):
     """A ReActNet-A in a recipe. Stage 1 is `weights: real`, stage 2 and single stage `weights: binary`."""
 
     only_in_training = ("estimator",)
+    on_top = {"pooled_mlp": "fc"}  # noqa: RUF012
     arch: Literal["reactnet"] = "reactnet"
     width: int = Field(default=32, ge=1)
     multiples: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=CHANNEL_MULTIPLES, min_length=2)
