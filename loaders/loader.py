@@ -10,12 +10,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 import loaders
-from loaders import index_file, sources
+from loaders import index_file, sources, subsets
 from loaders.augment import augmenter
 from loaders.config import PathText, Request, Strict
 from loaders.contract import HostBatch, Options, Order, on_device
@@ -75,6 +76,9 @@ class DataConfig(Strict):
     `shards/*.tar`); a `.beton` file; or an `.index` file of `tools/make_index.py`."""
     val: PathText | None = None
     """The same for validation, with labels."""
+    hold_out: float | None = Field(default=None, gt=0, lt=1)
+    """This share of the training images of each class is held out (`loaders/subsets.py`): no step trains on them, and
+    evaluations with `split: held_out` measure on them. The draw is the same for every seed of a run."""
     labels: Literal["auto", "none"] | None = None
     """Of `train` and `val`. `none`: no image has a label, and nothing of the layout is taken for one. `auto`: labels as
     the layout has them. Not set, it is `auto`, but that a folder with both images and folders of images is refused."""
@@ -257,28 +261,38 @@ class Loader:
         self._batches = iter(())  # torch's DataLoader ends its workers when its iterator goes
 
 
-def open_data(config: DataConfig, split: Literal["train", "val"], *, for_labels: str = "") -> Index:
+def open_data(config: DataConfig, split: Literal["train", "held_out", "val"], *, for_labels: str = "") -> Index:
     """Index a split of the data set.
 
     Args:
+        split: with `hold_out` the training images are two: those that train, and those that are held out.
         for_labels: what will use the labels, for the message where there are none; "" if nothing does.
 
     Raises:
         DataError: it is not named, missing, not laid out as expected, smaller than one training batch, or without
             labels though they are asked for.
     """
+    key: Literal["train", "val"] = "val" if split == "val" else "train"
     if not config.options.reads_files:
-        return config.options.open_index(split)
-    root = getattr(config, split)
+        return _part(config, split, config.options.open_index(key))
+    root = getattr(config, key)
     if not root:
-        raise DataError(f"data.{split}: not set; expected a folder of images, or what else data.{split} takes")
-    index = open_root(config, root, labels=config.labels, for_labels=for_labels)
+        raise DataError(f"data.{key}: not set; expected a folder of images, or what else data.{key} takes")
+    index = _part(config, split, open_root(config, root, labels=config.labels, for_labels=for_labels))
     if split == "train" and len(index) < config.batch_size:
         raise DataError(
             f"{root}: {len(index)} images are fewer than data.batch_size {config.batch_size}; "
             "expected at least one batch"
         )
     return index
+
+
+def _part(config: DataConfig, split: str, index: Index) -> Index:
+    """What of an index belongs to a split."""
+    if split == "val" or config.hold_out is None:
+        return index
+    part = index.take(np.flatnonzero(subsets.held_out(index, config.hold_out) == (split == "held_out")))
+    return part if index.file is None else index_file.stored(part, None)  # mapped by all ranks of the machine
 
 
 def open_root(

@@ -46,6 +46,12 @@ class MethodConfig(Strict):
         """Classes of the method's classifier, which the `accuracy` evaluation measures; None without one."""
         return None
 
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """Names of the classifiers that train beside each other and one of which is chosen on held-out images; empty
+        where there is one classifier or none."""
+        return ()
+
     def check_classes(self, count: int) -> None:
         """Refuse a data set of `count` classes.
 
@@ -77,6 +83,8 @@ class Method(nn.Module):
     """How many views each backbone runs, None for all: for the cost that `--dry-run` prints."""
     moved_after_step: tuple[str, ...] = ()
     """Prefixes of the parameters and buffers that `after_step`, not the optimizer, changes."""
+    factors: Mapping[str, tuple[float, float]] = {}
+    """Module -> factors on the learning rate and on the weight decay of its parameters, 1 where none is named."""
     collapse: Mapping[str, tuple[float, str]] = {
         "outputs/information": (1e-4, "start gently: a lower schedules.lr.start or a longer schedules.lr.warmup")
     }
@@ -108,7 +116,16 @@ class Method(nn.Module):
         raise NotImplementedError
 
     def logits(self, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] to class scores [B, classes]; only where the config has `classes`."""
+        """Images [B, 3, H, W] to class scores [B, classes]; only where the config has `classes`. Of several `choices`
+        those of the chosen one, or of the first before that."""
+        raise NotImplementedError
+
+    def candidates(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] to the class scores of each of the config's `choices` [K, B, classes]."""
+        raise NotImplementedError
+
+    def choose(self, number: int) -> None:
+        """Which of the config's `choices` answers from now on, in `logits` and once deployed."""
         raise NotImplementedError
 
     def features(self, images: Tensor) -> Tensor:
@@ -122,7 +139,11 @@ class Method(nn.Module):
         raise NotImplementedError
 
     def deployed(self) -> tuple[nn.Module, nn.Module | None]:
-        """What is used after training: the network up to what a classifier sees, and the classifier, if it has one."""
+        """What is used after training: the network up to what a classifier sees, and the classifier, if it has one.
+
+        Raises:
+            ValueError: none of the `choices` has been chosen yet.
+        """
         return self.evaluated, None
 
 
