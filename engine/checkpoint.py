@@ -200,15 +200,29 @@ def initialize(module: nn.Module, config: MethodConfig, init: InitConfig) -> Non
             trained as another one.
         models.weights.WeightsError: keys or shapes that do not fit; all of them are listed.
     """
-    path = source(init)
-    if is_named(path) and not is_intact(path):
-        raise CheckpointError(f"{path}: damaged, its content does not match the hash in its name")
-    content = weights.read_file(path)
+    path, content = _read(init)
     if isinstance(content, dict) and content.get("step", 0) < content.get("total_steps", 0):
         logger.warning(f"{path}: of an unfinished run, step {content['step']} of {content['total_steps']}")
     _take(module, config, init, content, path)
     for target, part in init.load.items():
         logger.info(f"{target} starts from {part} of {path}")
+
+
+def parts_of(init: InitConfig) -> dict[str, weights.State]:
+    """The parts of the source of an `init` entry.
+
+    Raises:
+        CheckpointError, models.weights.WeightsError: as `initialize`.
+    """
+    path, content = _read(init)
+    return weights.split(content, path)
+
+
+def _read(init: InitConfig) -> tuple[Path, Any]:
+    path = source(init)
+    if is_named(path) and not is_intact(path):
+        raise CheckpointError(f"{path}: damaged, its content does not match the hash in its name")
+    return path, weights.read_file(path)
 
 
 def would_fit(module: nn.Module, config: MethodConfig, init: InitConfig, source: Recipe) -> None:

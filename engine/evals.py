@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -11,12 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import loaders
-from engine import dist, faults
+from engine import checkpoint, dist, faults
 from engine.consensus import Consensus
 from engine.dist import World
-from engine.errors import EngineError, first_line
+from engine.errors import CheckpointError, EngineError, first_line
 from engine.recipe import EvalConfig, Recipe
 from loaders import DataConfig, DataError, Index, LoaderError
+from models import weight_signs
 from models.methods import Method
 
 T = TypeVar("T")
@@ -40,14 +41,16 @@ def run(
     recipe: Recipe,
     indices: dict[str, Index],
     world: World,
-) -> dict[str, float] | None:
-    """Run one evaluation on all ranks with rank 0's buffers, in float32; the method is left as it was.
+) -> dict[str, Any] | None:
+    """Run one evaluation on all ranks with rank 0's buffers, in float32; the method is left as it was, but that of
+    several classifiers the best on held-out images is chosen.
 
     Args:
-        indices: labeled images, `val` and, where it learns from some, `train`.
+        indices: labeled images, `val` and, where it learns from some, `train`, where it chooses by some, `held_out`.
 
     Returns:
-        `top1` (and `top5`; `baselines` has names of its own) in percent, and the number of images that were measured;
+        `top1` (and `top5`; `baselines` and `signs` have names of their own) in percent, and the number of images that
+        were measured; of several classifiers also which is `chosen`, and the top-1 of each on both sets;
         None on all ranks where a signal cut it short, because a job that is about to be killed has no time for it.
 
     Raises:
@@ -60,8 +63,11 @@ def run(
     method.eval()
     try:
         with torch.no_grad():
+            if config.kind == "signs":
+                return _signs(method, recipe, world, consensus)
             if config.kind == "accuracy":
-                return _accuracy(method, data, indices["val"], world, consensus)
+                chosen = _choose(method, recipe, indices, world, consensus) if recipe.chooses(config) else {}
+                return {**_accuracy(method, data, indices["val"], world, consensus), **chosen}
             if config.kind == "baselines":
                 return _baselines(config, method, recipe, indices, world, consensus)
             return _knn(config, method.evaluated, data, indices, world, consensus)
@@ -84,7 +90,7 @@ def _apart(action: Callable[[], T], consensus: Consensus) -> T:
     except Exception as error:
         if isinstance(error, EngineError) or faults.ends(error):
             raise
-        is_plain = isinstance(error, DataError | LoaderError | ValueError)
+        is_plain = isinstance(error, DataError | LoaderError | ValueError)  # WeightsError is one
         problem = first_line(error) if is_plain else f"{type(error).__name__}: {first_line(error)}"
     if consensus.stops():
         raise _Cut
@@ -113,6 +119,50 @@ def _accuracy(method: Method, data: DataConfig, index: Index, world: World, cons
 
     *hits, images_seen = _apart(count, consensus)
     return dict(zip(("top1", "top5", "measured"), _percent(torch.stack(hits), images_seen), strict=True))
+
+
+def _choose(
+    method: Method, recipe: Recipe, indices: dict[str, Index], world: World, consensus: Consensus
+) -> dict[str, Any]:
+    """Choose the classifier with the best top-1 on held-out images, the first of equals; and what all of them have."""
+    names = recipe.method.choices
+    found: dict[str, list[float]] = {}
+    for split in ("held_out", "val"):
+
+        def count(index: Index = indices[split]) -> Tensor:
+            counts = torch.zeros(len(names) + 1, dtype=torch.float64, device=world.device)  # hits of each, images
+            for images, label in _batches(recipe.data, index, None, world, consensus):
+                counts[:-1] += (method.candidates(images).argmax(dim=2) == label).sum(dim=1)
+                counts[-1] += len(label)
+            return counts
+
+        *hits, images_seen = _apart(count, consensus)
+        *found[split], _ = _percent(torch.stack(hits), images_seen)
+    best = max(range(len(names)), key=found["held_out"].__getitem__)
+    method.choose(best)
+    each = {f"{key}/{name}": value for key, values in found.items() for name, value in zip(names, values, strict=True)}
+    return {"chosen": names[best], "held_out": found["held_out"][best], **each}
+
+
+def _signs(method: Method, recipe: Recipe, world: World, consensus: Consensus) -> dict[str, float]:
+    """The share of binary weights that have another sign than in the networks that `init` loaded, in percent."""
+
+    def count() -> tuple[int, int]:
+        changed = compared = 0
+        for init in recipe.init if world.is_main else ():
+            try:
+                parts = checkpoint.parts_of(init)
+            except CheckpointError as error:  # no reason to end a run
+                raise DataError(str(error)) from None
+            for target, part in init.load.items():
+                both = weight_signs.changed(method.get_submodule(target), parts[part])
+                changed, compared = changed + both[0], compared + both[1]
+        return changed, compared
+
+    changed, compared = dist.gather_objects(_apart(count, consensus))[0]
+    if not compared:
+        raise NotMeasured("no entry of init has loaded a network with binary weights that trains")
+    return {"changed_signs": 100 * changed / compared, "binary_weights": compared}
 
 
 def _knn(
