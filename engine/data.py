@@ -154,7 +154,7 @@ def _too_few(recipe: Recipe) -> str:
         return ""
     method = methods.on_meta(recipe.method).train()
     views = [torch.empty(1, 3, view.size, view.size, device="meta") for view in recipe.data.views]
-    label = torch.zeros(1, dtype=torch.long, device="meta")
+    label = torch.zeros((1, 2, 6) if recipe.method.takes_boxes else 1, device="meta").long()
     zeros = {name: torch.zeros((), device="meta") for name in recipe.method.schedules}
     normalizing: list[str] = []
     for name, module in method.named_modules():

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -12,13 +16,17 @@ from torch import Tensor, nn
 
 import loaders
 from engine import checkpoint, dist, faults
+from engine.average_precision import Detections, Objects, detection_scores
 from engine.consensus import Consensus
 from engine.dist import World
 from engine.errors import CheckpointError, EngineError, first_line
+from engine.log import logger
 from engine.recipe import EvalConfig, Recipe
-from loaders import DataConfig, DataError, Index, LoaderError
+from loaders import Batch, DataConfig, DataError, Index, LoaderError
+from loaders.files import aside
 from models import weight_signs
 from models.methods import Method
+from models.statistics import reestimate
 
 T = TypeVar("T")
 PIXELS = 32
@@ -41,16 +49,18 @@ def run(
     recipe: Recipe,
     indices: dict[str, Index],
     world: World,
+    step: int | None = None,
 ) -> dict[str, Any] | None:
     """Run one evaluation on all ranks with rank 0's buffers, in float32; the method is left as it was, but that of
     several classifiers the best on held-out images is chosen.
 
     Args:
         indices: labeled images, `val` and, where it learns from some, `train`, where it chooses by some, `held_out`.
+        step: of the run, under whose number what was detected is kept in the run folder; None keeps nothing.
 
     Returns:
-        `top1` (and `top5`; `baselines` and `signs` have names of their own) in percent, and the number of images that
-        were measured; of several classifiers also which is `chosen`, and the top-1 of each on both sets;
+        `top1` (and `top5`; `baselines`, `signs` and `detection` have names of their own) in percent, and the number of
+        images that were measured; of several classifiers also which is `chosen`, and the top-1 of each on both sets;
         None on all ranks where a signal cut it short, because a job that is about to be killed has no time for it.
 
     Raises:
@@ -70,6 +80,8 @@ def run(
                 return {**_accuracy(method, data, indices["val"], world, consensus), **chosen}
             if config.kind == "baselines":
                 return _baselines(config, method, recipe, indices, world, consensus)
+            if config.kind == "detection":
+                return _detection(config, method, recipe, indices, world, consensus, step)
             return _knn(config, method.evaluated, data, indices, world, consensus)
     except _Cut:
         return None
@@ -208,6 +220,97 @@ def _baselines(
             scores[f"{name}_{kind}"] = (_apart(answer, consensus) == query_label).sum()
     *percent, images_seen = _percent(torch.stack(list(scores.values())), len(query))
     return dict(sorted(zip(scores, percent, strict=True))) | {"measured": images_seen}
+
+
+def _detection(
+    config: EvalConfig,
+    method: Method,
+    recipe: Recipe,
+    indices: dict[str, Index],
+    world: World,
+    consensus: Consensus,
+    step: int | None,
+) -> dict[str, float]:
+    """Average precision of boxes in the pixels of the images as they are stored; the same for any number of ranks."""
+    index = indices["val"]
+    with _precise(config.precise_bn, method, recipe, indices, world, consensus):
+        mine = _apart(lambda: _boxes(method, recipe.data, index, world, consensus), consensus)
+    found, images = (dist.gather_rows(rows.to(world.device)).cpu() for rows in mine)
+    found = found[found[:, 0].argsort(stable=True)]  # an image is on one rank, its boxes in order
+    images = images.sort().values
+    if step is not None and world.is_main:
+        _keep(recipe.folder / f"detections-{step}.npz", detections=found, images=images)
+    assert index.objects is not None  # refused at the start
+    truth = Objects(*index.objects.where(np.isin(index.objects.image, images)))
+    row, label, score, *_ = found.numpy().T
+    claimed = Detections(row.astype(np.int64), label.astype(np.int64), score, found[:, 3:].numpy())
+    scores = _apart(
+        lambda: detection_scores(claimed, truth, len(index.classes), mode=config.average_precision), consensus
+    )
+    of_class = {f"ap50/{name}": ap for name, ap in zip(index.classes, scores.of_class[:, 0], strict=True)}
+    percent = {"ap50": scores.ap50, "ap": scores.ap, "ap75": scores.ap75, **of_class}
+    return {name: 100 * float(ap) for name, ap in percent.items() if not math.isnan(ap)} | {
+        "measured": float(len(images))
+    }
+
+
+def _boxes(
+    method: Method, data: DataConfig, index: Index, world: World, consensus: Consensus
+) -> tuple[Tensor, Tensor]:
+    """What is found on this rank's share of an index, [n, 7] float64 with rows (row of the index, class, score, box in
+    pixels of the image as it is stored), and the rows [k] of the images that were looked at. On the host."""
+    found, images = [torch.zeros(0, 7, dtype=torch.float64)], [torch.zeros(0, dtype=torch.int64)]
+    for batch in _loaded(data, index, None, world, consensus):
+        assert batch.label is not None
+        detections = method.detections(batch.views[0], batch.label)
+        for row, of_image, size in zip(batch.rows.tolist(), detections, batch.label[:, 0, 3:5].cpu(), strict=True):
+            scale = torch.tensor([index.width[row], index.height[row]], dtype=torch.float64) / size
+            first = torch.full((len(of_image), 1), row, dtype=torch.float64)
+            boxes = of_image.double().cpu()
+            found.append(torch.cat((first, boxes[:, :2], boxes[:, 2:] * scale.repeat(2)), dim=1))
+        images.append(batch.rows)
+    return torch.cat(found), torch.cat(images)
+
+
+@contextmanager
+def _precise(
+    count: int, method: Method, recipe: Recipe, indices: dict[str, Index], world: World, consensus: Consensus
+) -> Iterator[None]:
+    """BatchNorm with the statistics of `count` training micro-batches, if any. Each rank measures the same ones, so that
+    their number is nowhere in the statistics."""
+    if not count:
+        yield
+        return
+    data, zeros = recipe.data, {name: torch.zeros((), device=world.device) for name in recipe.method.schedules}
+    before = [buffer.clone() for buffer in method.buffers()]
+
+    def measure() -> None:
+        torch.manual_seed(recipe.seed)  # the next step seeds anew
+        place = world.place._replace(rank=0, world_size=1)
+        loader = loaders.open_train(data, indices["train"], seed=recipe.seed, place=place)
+        try:
+            batches = itertools.takewhile(lambda _: not consensus.asked_to_stop, itertools.islice(loader, count))
+            reestimate(method, batches, lambda batch: method(batch.views, batch.label, zeros))
+        finally:
+            loader.close()
+
+    try:
+        _apart(measure, consensus)
+        dist.broadcast_buffers(method)  # two devices may round differently
+        yield
+    finally:
+        for buffer, old in zip(method.buffers(), before, strict=True):
+            buffer.copy_(old)
+
+
+def _keep(path: Path, **arrays: Any) -> None:
+    """Write what was detected; a full disk must not cost the run."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with aside(path) as out, open(out.part, "wb") as file:
+            np.savez(file, **{name: np.asarray(array) for name, array in arrays.items()})
+    except OSError as error:
+        logger.warning(f"{path} cannot be written: {error.strerror}; training continues")
 
 
 def pixels(images: Tensor) -> Tensor:
@@ -370,13 +473,20 @@ def _features(
 def _batches(
     data: DataConfig, index: Index, rows: list[int] | None, world: World, consensus: Consensus
 ) -> Iterator[tuple[Tensor, Tensor]]:
+    for batch in _loaded(data, index, rows, world, consensus):
+        assert batch.label is not None  # refused at the start
+        yield batch.views[0], batch.label
+
+
+def _loaded(
+    data: DataConfig, index: Index, rows: list[int] | None, world: World, consensus: Consensus
+) -> Iterator[Batch]:
     loader = loaders.open_eval(data, index, rows=rows, place=world.place)
     try:
         for batch in loader:
             if consensus.asked_to_stop or consensus.ending is not None:
                 return
-            assert batch.label is not None  # refused at the start
-            if len(batch.label):
-                yield batch.views[0], batch.label
+            if len(batch.rows):
+                yield batch
     finally:
         loader.close()

@@ -35,6 +35,12 @@ class BackboneConfig(Strict):
         """Whether the features come after one more layer `fc` with its ReLU on the pooled map."""
         return False
 
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Pixels of the image between neighbors of each map that `Backbone.maps` gives, finest first, each twice the one
+        before; empty where a network gives none."""
+        return ()
+
     def check_side(self, side: int) -> None:
         """Refuse an image side in pixels that the network cannot take.
 
@@ -50,6 +56,7 @@ class BackboneConfig(Strict):
 class Backbone(nn.Module):
     """Base of the backbones: images [B, 3, H, W] to features [B, `out_channels`]."""
 
+    config: BackboneConfig
     out_channels: int
     fused: bool = False
     """Run training steps in the fused form, where the config is `fusable`; state and keys stay the same."""
@@ -59,3 +66,24 @@ class Backbone(nn.Module):
     def pooled(self, x: Tensor) -> Tensor:
         """Images [B, 3, H, W] to the pooled last map [B, C]; the features, where nothing follows it."""
         return self(x)
+
+    @property
+    def map_channels(self) -> dict[int, int]:
+        """Stride -> channels of its map: they double as often as the map is halved, in both of our families."""
+        strides = self.config.strides
+        return {stride: self.out_channels * stride // strides[-1] for stride in strides}
+
+    def maps(self, x: Tensor, until: int | None = None) -> dict[int, Tensor]:
+        """Images [B, 3, H, W] to the last map of each resolution.
+
+        Args:
+            until: the coarsest stride that is wanted; nothing behind it is computed.
+
+        Returns:
+            Stride -> [B, `map_channels`, H/stride, W/stride].
+        """
+        raise NotImplementedError
+
+    def last_stage(self, x: Tensor) -> Tensor:
+        """What lies between the last but one of `maps` and the last, on any map: [B, C, H, W] to [B, 2C, H/2, W/2]."""
+        raise NotImplementedError
