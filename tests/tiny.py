@@ -26,10 +26,11 @@ def tiny_overrides(path: Path, folder: Path) -> list[str]:
     content = recipes.load(path)
     sizes = sorted({view.size for view in content.data.views})
     small = dict(zip(sizes, (32, 64), strict=False))
+    boxes = ", with_boxes: true" if content.method.takes_boxes else ""
     overrides = [
         f"run.folder={folder}",
         "data.backend=synthetic",
-        "data.options={num_images: 40, num_val_images: 16, num_classes: 4, side: 36}",
+        f"data.options={{num_images: 40, num_val_images: 16, num_classes: 4, side: 36{boxes}}}",
         "data.expect_images=null",
         "data.batch_size=16",
         "data.micro_batch=8",
