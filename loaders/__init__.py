@@ -5,7 +5,7 @@ images (`loaders.sources`).
 """
 
 from loaders.errors import DataError, LoaderError
-from loaders.index import Index
+from loaders.index import Index, Objects
 from loaders.loader import (
     AUTO,
     Batch,
@@ -42,6 +42,7 @@ __all__ = [
     "IndexPlace",
     "Loader",
     "LoaderError",
+    "Objects",
     "Place",
     "backends",
     "choose",

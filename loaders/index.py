@@ -105,6 +105,36 @@ class Pieces(NamedTuple):
         return Pieces(self.files, self.file[rows], self.offset[rows], self.length[rows])
 
 
+class Objects(NamedTuple):
+    """What images show and where: M objects, in the order of their images."""
+
+    image: NDArray[np.int64]
+    """[M], the row in the index; never falls."""
+    label: NDArray[np.int64]
+    """[M], position in the classes."""
+    box: NDArray[np.float64]
+    """[M, 4]: x1, y1, x2, y2 in pixels of the image as it is stored, continuous: the first pixel is from 0 to 1."""
+    difficult: NDArray[np.bool_]
+    """[M], hardly to be recognized: trains, but is neither to be found nor wrong to find."""
+
+    def of(self, row: int) -> Objects:
+        """Those of one image."""
+        first, end = np.searchsorted(self.image, (row, row + 1))
+        return Objects(*(column[first:end] for column in self))
+
+    def where(self, chosen: NDArray[np.bool_]) -> Objects:
+        """Those that a mask [M] chooses."""
+        return Objects(*(column[chosen] for column in self))
+
+    def take(self, rows: NDArray[np.int64]) -> Objects:
+        """Those of some images, in their order, numbered by it."""
+        first, end = np.searchsorted(self.image, (rows, rows + 1))
+        counts = end - first
+        chosen = np.repeat(first - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
+        image = np.repeat(np.arange(len(rows)), counts)
+        return Objects(*(column[chosen] for column in self))._replace(image=image)
+
+
 @dataclass(frozen=True, eq=False)
 class Index:
     """Everything known about a data set without decoding it. Rows of files are sorted by the folder in the root that
@@ -117,7 +147,7 @@ class Index:
     names: Names
     """N paths below the root, as the file system spells them: names need not be UTF-8."""
     label: NDArray[np.int32] | None
-    """[N]; None where nobody has said what an image shows."""
+    """[N]; None where nobody has said what an image shows, or where it shows several things."""
     width: NDArray[np.int32]
     """[N], pixels; 1 where the header cannot be read."""
     height: NDArray[np.int32]
@@ -133,6 +163,8 @@ class Index:
     """[N], when each file was last written, in nanoseconds; None where `pieces` says where they lie."""
     pieces: Pieces | None = None
     """Where the images lie, if they are not files of their own."""
+    objects: Objects | None = None
+    """What they show and where, in data sets of scenes."""
     quarantined: int = 0
     """How many images a quarantine list keeps out of the index."""
     unread: frozenset[int] = frozenset()
@@ -170,12 +202,15 @@ class Index:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Hash of names, labels and sizes in pixels: two data sets with equal fingerprints give the same stream."""
+        """Hash of names, labels, sizes in pixels and objects: two data sets with equal fingerprints give the same
+        stream."""
         digest = hashlib.sha256(self.names.blob[:-1].data)
         if self.label is not None:
             _add(digest, self.label, np.dtype(np.int64))
         for array in (self.width, self.height):
             _add(digest, array, np.dtype(np.int32))
+        for column in self.objects or ():
+            _add(digest, column, column.dtype)
         return digest.hexdigest()[:16]
 
     def content(self, row: int) -> bytes:
@@ -240,6 +275,7 @@ class Index:
             problems={new[row]: reason for row, reason in self.problems.items() if row in new},
             unread=frozenset(new[row] for row in self.unread if row in new),
             pieces=self.pieces.take(rows) if self.pieces else None,
+            objects=self.objects.take(rows) if self.objects else None,
             file=None,
             **columns,
         )

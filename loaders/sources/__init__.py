@@ -22,7 +22,8 @@ from loaders import index_file
 from loaders.config import Request
 from loaders.errors import DataError
 from loaders.index import Index
-from loaders.sources import folders, shards
+from loaders.sources import devkits, folders, shards
+from loaders.voc import kit_of
 
 
 def open_index(root: Path, request: Request, *, quarantine: Path | None = None) -> Index:
@@ -30,8 +31,8 @@ def open_index(root: Path, request: Request, *, quarantine: Path | None = None) 
 
     Args:
         root: a folder of images, flat, in class folders or in a tree; a list file with `<image>` or `<image> <class>`
-            on each line; a folder or pattern of tar shards (`shards/*.tar`) or Parquet files; a `.beton` file; or an
-            `.index` file that tools/make_index.py wrote.
+            on each line; a folder or pattern of tar shards (`shards/*.tar`) or Parquet files; a `.beton` file; splits
+            of a PASCAL VOC kit (`VOCdevkit#2007_test`); or an `.index` file that tools/make_index.py wrote.
         quarantine: list of images to leave out, as `tools/scan_images.py` writes it.
 
     Raises:
@@ -45,6 +46,8 @@ def open_index(root: Path, request: Request, *, quarantine: Path | None = None) 
     if quarantine is None:
         return index
     reasons = read_quarantine(quarantine)
+    if index.objects is not None:  # the cache has no room for them
+        return index.without(reasons)
     digest = hashlib.sha256(b"\0".join(sorted(reasons)))
     stamp = f"{index.fingerprint} {digest.hexdigest()} {index.root} {sorted(index.unread)}"
     key = ("quarantine", request.labels or "", digest.hexdigest())
@@ -81,6 +84,8 @@ def source_of(root: Path) -> ModuleType:
 def is_there(root: Path) -> bool:
     """Whether there is anything to index at a path or pattern; True also where the machine does not let us see."""
     root = root.expanduser()
+    if devkits.claims(root):
+        root = kit_of(root)
     try:
         os.stat(root)
     except (FileNotFoundError, NotADirectoryError):
