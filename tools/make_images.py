@@ -1,10 +1,12 @@
 """Write a public data set as ImageFolder trees, <out>/train/<class> and <out>/val/<class>, complete or not at all.
+Scenes are written as PASCAL VOC's development kit lays them out, for detection and for several labels an image.
 
     python tools/make_images.py digits data/digits
     python tools/make_images.py fashion_mnist data/fashion_mnist
     python tools/make_images.py imagenette data/imagenette --source imagenette2-160.tgz
     python tools/make_images.py cifar10 data/cifar10 --source cifar-10-binary.tar.gz
     python tools/make_images.py photos data/photos --limit 2000
+    python tools/make_images.py digit_scenes data/digit_scenes
 
 `digits` is scikit-learn's (1,797 images of 8x8, in its wheel, no network). `fashion_mnist` is read from Debian's
 package dataset-fashion-mnist, or from a folder with its four idx files. `imagenette` reads fast.ai's imagenette2.tgz,
@@ -13,7 +15,8 @@ quality 90. `cifar10` reads cifar-10-binary.tar.gz or cifar-10-python.tar.gz (50
 quality 95 with full color resolution, which every loader reads; --png keeps the exact pixels, for the loaders `folder`
 and `dali`. `photos` is for measuring loaders: pictures of ImageNet's sizes, detail and JPEG variants (about 480x400
 pixels, 100 KB), mixed by a seeded generator from the two photographs in scikit-learn's wheel and noise; their classes
-mean nothing.
+mean nothing. `digit_scenes` are 600 + 150 pictures of one to four of scikit-learn's digits on clouds, by a seeded
+generator, with boxes: <out>#2007_trainval has the digits of `digits`' training images, <out>#2007_test the others.
 """
 
 import argparse
@@ -29,6 +32,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+from xml.etree import ElementTree
 
 import _root  # noqa: F401
 import numpy as np
@@ -49,6 +53,8 @@ CIFAR_MOST = 40_000_000
 CLASSES = 10
 """Of every set here."""
 SHORTER_SIDE = 128
+KIT_YEAR = "VOC2007"
+"""Folder of the scenes, so that nothing in their reader is special."""
 IMAGENETTE_URL = "https://s3.amazonaws.com/fast-ai-imageclas/imagenette2-160.tgz"
 CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 USUAL: dict[str, Any] = {"format": "JPEG", "quality": 95}
@@ -242,6 +248,15 @@ def _reader(archive: tarfile.TarFile, member: tarfile.TarInfo, source: Path) -> 
 # ------------------------------------------------------------------------------------------------ photos
 
 
+def clouds(rng: np.random.Generator, height: int, width: int, octaves: int) -> NDArray[np.float64]:
+    """1/f noise [height, width] around 0."""
+    total = np.zeros((height, width))
+    for octave in range(octaves):
+        coarse = rng.normal(size=(2 ** (octave + 1) + 1,) * 2).astype(np.float32)
+        total += np.array(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)) / 2**octave
+    return total
+
+
 def photo(number: int, sources: list[NDArray[np.uint8]]) -> tuple[Image.Image, dict[str, Any]]:
     """Picture `number` and the options to save it with; the same for the same versions of numpy and Pillow."""
     rng = np.random.default_rng((20240, number))
@@ -257,15 +272,8 @@ def photo(number: int, sources: list[NDArray[np.uint8]]) -> tuple[Image.Image, d
         turned = np.array(part, dtype=float)[:: rng.choice([1, -1]), :: rng.choice([1, -1])]
         return turned[:, :, rng.permutation(3)] * rng.uniform(0.7, 1.2, 3) + rng.uniform(-25, 25, 3)
 
-    def clouds(octaves: int) -> NDArray[np.float64]:  # 1/f noise
-        total = np.zeros((height, width))
-        for octave in range(octaves):
-            coarse = rng.normal(size=(2 ** (octave + 1) + 1,) * 2).astype(np.float32)
-            total += np.array(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)) / 2**octave
-        return total
-
-    mask = (1 / (1 + np.exp(-4 * clouds(4))))[:, :, None]
-    pixels = mask * cut() + (1 - mask) * cut() + rng.uniform(4, 14) * clouds(8)[:, :, None]
+    mask = (1 / (1 + np.exp(-4 * clouds(rng, height, width, 4))))[:, :, None]
+    pixels = mask * cut() + (1 - mask) * cut() + rng.uniform(4, 14) * clouds(rng, height, width, 8)[:, :, None]
     pixels += rng.normal(0, rng.uniform(4, 12), pixels.shape)  # the sensor's
     picture = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
     if rng.random() < 0.01:
@@ -283,6 +291,108 @@ def photos(count: int) -> Iterator[Picture]:
         for number in range(many):
             image, options = photo(first + number, sources)
             yield Picture(split, f"class{number % CLASSES}", image, {"format": "JPEG", **options})
+
+
+# ------------------------------------------------------------------------------------------------ scenes
+
+
+class Digit(NamedTuple):
+    """One object of a scene."""
+
+    label: str
+    box: tuple[int, int, int, int]
+    """xmin, ymin, xmax, ymax of its ink, from pixel 1 on and inclusive, as VOC counts."""
+    difficult: bool
+
+
+def scene(
+    number: int, pool: list[tuple[int, NDArray[np.float64]]], seed: int = 0
+) -> tuple[Image.Image, list[Digit]]:
+    """Picture `number`: one to four digits of a pool of (label, [8, 8] from 0 to 1), drawn one over the other.
+
+    One that is more than half covered, or whose box has fewer than 16 x 16 pixels, is difficult; not all of them are.
+    """
+    rng = np.random.default_rng((seed, number))
+    while True:
+        sides = int(rng.integers(176, 225)), int(rng.integers(128, 176))
+        width, height = sides if rng.random() < 0.5 else sides[::-1]
+        pixels = (128 + 30 * clouds(rng, height, width, 6)).clip(64, 192)
+        inks: list[tuple[int, NDArray[np.bool_]]] = []
+        for _ in range(int(rng.integers(1, 5))):
+            label, shape = pool[int(rng.integers(len(pool)))]
+            side, gray = int(rng.integers(24, 81)), rng.choice([rng.uniform(0, 40), rng.uniform(215, 255)])
+            left, top = int(rng.integers(width - side + 1)), int(rng.integers(height - side + 1))
+            large = Image.fromarray(shape.astype(np.float32)).resize((side, side), Image.Resampling.BICUBIC)
+            opacity = np.zeros((height, width))
+            opacity[top : top + side, left : left + side] = np.array(large).clip(0, 1)
+            pixels += opacity * (gray - pixels)
+            inks.append((label, opacity > 0.3))
+        covering = np.zeros((height, width), dtype=bool)
+        digits = []
+        for label, ink in inks[::-1]:  # from the last one drawn, which nothing covers
+            y, x = np.nonzero(ink)
+            box = int(x.min()) + 1, int(y.min()) + 1, int(x.max()) + 1, int(y.max()) + 1
+            is_small = (box[2] - box[0] + 1) * (box[3] - box[1] + 1) < 16**2
+            digits.append(Digit(f"digit{label}", box, is_small or bool((ink & covering).sum() * 2 > ink.sum())))
+            covering |= ink
+        if not all(digit.difficult for digit in digits):
+            return Image.fromarray(pixels.round().astype(np.uint8)), digits[::-1]
+
+
+def write_scenes(out: Path, count: int) -> None:
+    """`count` scenes for training and a quarter as many for test, as VOC2007 of a development kit."""
+    data = _sklearn_datasets().load_digits()
+    pools: dict[str, list[tuple[int, NDArray[np.float64]]]] = {"trainval": [], "test": []}
+    seen: Counter[int] = Counter()
+    for pixels, label in zip(data.images, data.target.tolist(), strict=True):
+        pools["test" if seen[label] % 5 == 4 else "trainval"].append((label, pixels / 16))  # as `digits`
+        seen[label] += 1
+    splits = [("trainval", number) for number in range(count)]
+    splits += [("test", 1_000_000 + number) for number in range(max(10, count // 4))]
+    lists: dict[str, list[tuple[str, list[Digit]]]] = {"trainval": [], "test": []}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with aside(out) as tree:
+        year = tree.part / KIT_YEAR
+        for folder in ("JPEGImages", "Annotations", "ImageSets/Main"):
+            (year / folder).mkdir(parents=True)
+        for place, (split, number) in enumerate(
+            tqdm(splits, desc=out.name, unit=" images", disable=not sys.stderr.isatty()), 1
+        ):
+            name = f"{place:06d}"
+            picture, digits = scene(number, pools[split])
+            content = io.BytesIO()
+            picture.convert("RGB").save(content, **USUAL)
+            (year / "JPEGImages" / f"{name}.jpg").write_bytes(content.getbuffer())
+            (year / "Annotations" / f"{name}.xml").write_bytes(annotation(name, picture.size, digits))
+            lists[split].append((name, digits))
+        for split, images in lists.items():
+            main = year / "ImageSets/Main"
+            (main / f"{split}.txt").write_text("".join(f"{name}\n" for name, _ in images))
+            for label in (f"digit{number}" for number in range(CLASSES)):
+                lines = []
+                for name, digits in images:
+                    difficult = [digit.difficult for digit in digits if digit.label == label]
+                    lines.append(f"{name} {-1 if not difficult else 0 if all(difficult) else 1:2d}\n")
+                (main / f"{label}_{split}.txt").write_text("".join(lines))
+
+
+def annotation(name: str, size: tuple[int, int], digits: list[Digit]) -> bytes:
+    """What is in an image, as VOC writes it."""
+    root = ElementTree.Element("annotation")
+
+    def add(parent: ElementTree.Element, **values: Any) -> None:
+        for key, value in values.items():
+            ElementTree.SubElement(parent, key).text = str(value)
+
+    add(root, folder=KIT_YEAR, filename=f"{name}.jpg")
+    add(ElementTree.SubElement(root, "size"), width=size[0], height=size[1], depth=3)
+    for digit in digits:
+        item = ElementTree.SubElement(root, "object")
+        add(item, name=digit.label, pose="Unspecified", truncated=0, difficult=int(digit.difficult))
+        box = dict(zip(("xmin", "ymin", "xmax", "ymax"), digit.box, strict=True))
+        add(ElementTree.SubElement(item, "bndbox"), **box)
+    ElementTree.indent(root)
+    return ElementTree.tostring(root) + b"\n"
 
 
 # ------------------------------------------------------------------------------------------------ writing
@@ -324,17 +434,21 @@ def make(dataset: str, out: Path, *, source: Path | None = None, limit: int | No
         raise DataError(f"--limit: expected at least {CLASSES}, one image of each class, got {limit}")
     if png and dataset != "cifar10":
         raise DataError(f"--png: expected with cifar10 only, got {dataset}")
-    if all(any((out / split).glob("*/*.*")) for split in ("train", "val")):
+    is_kit = dataset == "digit_scenes"
+    if (is_kit and (out / KIT_YEAR).is_dir()) or all(any((out / s).glob("*/*.*")) for s in ("train", "val")):
         print(f"{out} is there already")
         return
     if os.path.lexists(out):
-        raise DataError(f"{out}: is there and holds no images in train and val; give another name, or remove it")
+        where = KIT_YEAR if is_kit else "train and val"
+        raise DataError(f"{out}: is there and holds no images in {where}; give another name, or remove it")
     check_writable(out)
     if source is None and dataset in ("imagenette", "cifar10"):
         url = IMAGENETTE_URL if dataset == "imagenette" else CIFAR_URL
         raise DataError(f"{dataset}: expected its archive with --source; get {url}")
     if dataset == "photos":
         write(photos(limit or 2000), out)
+    elif is_kit:
+        write_scenes(out, limit or 600)
     elif dataset == "digits":
         write(digits(), out, limit)
     elif dataset == "fashion_mnist":
@@ -349,7 +463,8 @@ def make(dataset: str, out: Path, *, source: Path | None = None, limit: int | No
 def main() -> int:
     """Parse the command line and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dataset", choices=["digits", "fashion_mnist", "imagenette", "cifar10", "photos"])
+    names = ["digits", "fashion_mnist", "imagenette", "cifar10", "photos", "digit_scenes"]
+    parser.add_argument("dataset", choices=names)
     parser.add_argument("out", type=Path, help="folder to make; nothing is done if it is there already")
     parser.add_argument("--source", type=Path, help="the archive, or the folder of Fashion-MNIST's idx files")
     parser.add_argument("--limit", type=int, help="at most this many images of each split")
