@@ -43,6 +43,8 @@ class Order:
     """Threads or processes that may decode; 0 asks for none besides this one, where that is possible."""
     device: torch.device
     """Where the crops will be used; those of a back end that decodes on the host stay there."""
+    fill: tuple[int, int, int] = (0, 0, 0)
+    """Color from 0 to 255 of what no image covers: `data.mean`, which is about 0 once it is normalized."""
 
 
 class Options(Strict):
@@ -50,6 +52,12 @@ class Options(Strict):
 
     reads_files: ClassVar[bool] = True
     """Whether its images are those that `data.train` names, so that all such back ends can stand in for each other."""
+
+    @property
+    def gives_boxes(self) -> bool:
+        """Whether `HostBatch.label` is the objects of each image and not one class; only back ends that are equal in
+        this can stand in for each other."""
+        return False
 
     @classmethod
     def missing(cls) -> str:
@@ -81,6 +89,11 @@ class Options(Strict):
         """The data set of a back end that reads no files."""
         raise NotImplementedError
 
+    def arrange(self, stream: Stream, positions: list[int]) -> list[int]:
+        """The positions of an optimizer step in the order in which they are dealt to micro-batches and ranks; a
+        function of the stream alone."""
+        return positions
+
     def warnings(self, views: tuple[View, ...], micro_batch: int, workers: int) -> list[str]:
         """What may go wrong on this machine though nothing is missing, each with what to do.
 
@@ -103,11 +116,19 @@ class Options(Strict):
 
 
 class HostBatch(NamedTuple):
-    """One micro-batch as a back end hands it over; tensors on the host unless the back end decodes on a GPU."""
+    """One micro-batch as a back end hands it over; tensors on the host unless the back end decodes on a GPU.
+
+    A back end that `gives_boxes` hands over whole images, each in the top left corner of a canvas: one view, crops
+    [1, B, H, W, 3] with H and W multiples of 32 that change from batch to batch. `label` is float32 [B, 1 + M, 6] with
+    rows (class, x1, y1, x2, y2, difficult) in pixels of the canvas, flipped and scaled as the image is. Row 0 is the
+    image itself: class -1, box (0, 0, width, height), so that what is beyond it is padding. The objects follow in the
+    order of `Index.objects`; an image with fewer than M of them ends in rows of -2. Multiplied by the width of the
+    stored image over that of row 0, x is in pixels of the stored image; y likewise by the heights.
+    """
 
     crops: list[Tensor]  # G x uint8 [k, B, size, size, 3]: the views of a group together, see `Stream.groups`
     color: Tensor  # float32 [B, V, NUM_COLOR]
-    label: Tensor | None  # int64 [B]; None where the data set has no labels
+    label: Tensor | None  # int64 [B], or boxes; None where the data set has no labels
     rows: Tensor  # int64 [B], rows of the index
     bad: list[tuple[str, str]]  # (path, reason) of what could not be decoded
 

@@ -9,7 +9,8 @@ import gc
 import multiprocessing
 import shutil
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ from loaders import contract, machine
 from loaders.contract import HostBatch, Order
 from loaders.errors import DataError, LoaderError, starting
 from loaders.host import load_batch
-from loaders.sampler import Stream
 from loaders.views import View
 
 
@@ -44,28 +44,45 @@ class Options(contract.Options):
     def warnings(self, views: tuple[View, ...], micro_batch: int, workers: int) -> list[str]:
         """Batches go through shared memory, of which containers have little."""
         needed = workers * (self.prefetch + 1) * micro_batch * sum(3 * view.size**2 for view in views)
-        free = shutil.disk_usage("/dev/shm").free
-        if needed <= free:
-            return []
-        return [
-            f"/dev/shm has {free / 2**20:.0f} MiB free, the {workers} workers may need {needed / 2**20:.0f} and would "
-            "end with a bus error; start docker with --shm-size 16g, lower data.workers, or set data.backend=turbo"
-        ]
+        return [f"{text}, or set data.backend=turbo" for text in lacks_shared_memory(needed, workers)]
 
     def batches(self, order: Order) -> Iterator[HostBatch]:
         """See `contract.Options`."""
-        loader = _Loader(
-            _Positions(order.stream, order.replace),
-            batch_sampler=order.positions,  # any iterable of lists will do, it need not end
-            num_workers=order.workers,
-            collate_fn=_same,
-            worker_init_fn=_ignore_signals,
-            prefetch_factor=self.prefetch if order.workers else None,
-            pin_memory=order.device.type == "cuda",
-            # Workers only read and decode: they start by fork, so that the index is shared and not copied.
-            multiprocessing_context="fork" if order.workers else None,
-        )
-        return _Batches(loader)
+        return in_workers(order, partial(load_batch, order.stream, replace=order.replace), self.prefetch)
+
+
+def lacks_shared_memory(needed: int, workers: int) -> list[str]:
+    """A warning where `workers` processes need more bytes than /dev/shm has."""
+    free = shutil.disk_usage("/dev/shm").free
+    if needed <= free:
+        return []
+    return [
+        f"/dev/shm has {free / 2**20:.0f} MiB free, the {workers} workers may need {needed / 2**20:.0f} and would end "
+        "with a bus error; start docker with --shm-size 16g, lower data.workers"
+    ]
+
+
+def in_workers(order: Order, load: Callable[[list[int]], HostBatch], prefetch: int) -> Iterator[HostBatch]:
+    """Batches that `load` makes of lists of positions, in the processes of a DataLoader.
+
+    Args:
+        prefetch: batches that each process holds ready.
+
+    Raises:
+        LoaderError: the processes cannot be started.
+    """
+    loader = _Loader(
+        _Positions(load),
+        batch_sampler=order.positions,  # any iterable of lists will do, it need not end
+        num_workers=order.workers,
+        collate_fn=_same,
+        worker_init_fn=_ignore_signals,
+        prefetch_factor=prefetch if order.workers else None,
+        pin_memory=order.device.type == "cuda",
+        # Workers only read and decode: they start by fork, so that the index is shared and not copied.
+        multiprocessing_context="fork" if order.workers else None,
+    )
+    return _Batches(loader)
 
 
 class _Iterator(_MultiProcessingDataLoaderIter):
@@ -89,7 +106,7 @@ class _Batches:
         gc.collect()
         gc.freeze()
         try:
-            with starting(f"data.backend=folder: {loader.num_workers} worker processes"):
+            with starting(f"data.backend: {loader.num_workers} worker processes"):
                 self._iterator: Any = iter(loader)
         except LoaderError:
             _end(set(multiprocessing.active_children()) - before)
@@ -105,7 +122,7 @@ class _Batches:
             batch = next(self._iterator)
         except RuntimeError as error:  # of a process or of the thread that pins memory, never of an image
             raise LoaderError(
-                f"data.backend=folder: {str(error).splitlines()[0]}; if memory ran out, lower data.workers"
+                f"data.backend: {str(error).splitlines()[0]}; if memory ran out, lower data.workers"
             ) from None
         if isinstance(batch, DataError):
             raise batch
@@ -128,12 +145,12 @@ def _end(workers: Iterable[Any]) -> None:
 
 
 class _Positions(Dataset[Any]):
-    def __init__(self, stream: Stream, replace: bool) -> None:
-        self.stream, self.replace = stream, replace
+    def __init__(self, load: Callable[[list[int]], HostBatch]) -> None:
+        self.load = load
 
     def __getitems__(self, positions: list[int]) -> HostBatch | DataError:
         try:
-            return load_batch(self.stream, positions, replace=self.replace)
+            return self.load(positions)
         except DataError as error:  # raised in the worker it would come out wrapped in a traceback
             return error
 

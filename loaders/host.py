@@ -21,7 +21,7 @@ from loaders.errors import BadImage, DataError
 from loaders.sampler import NUM_COLOR, Plan, Stream, resized_sides
 from loaders.views import View
 
-_MODES = {"bilinear": InterpolationMode.BILINEAR, "bicubic": InterpolationMode.BICUBIC}
+MODES = {"bilinear": InterpolationMode.BILINEAR, "bicubic": InterpolationMode.BICUBIC}
 _MOST_RESIZED = 1 << 24  # pixels
 MAX_SUCCESSORS = 100
 """Images in a row that may be bad before a run ends."""
@@ -33,6 +33,19 @@ class Sample(NamedTuple):
     image: int  # row of the index
     color: NDArray[np.float32]  # [V, NUM_COLOR]
     crops: list[Tensor]  # V x uint8 [size, size, 3]
+
+
+class Decoded(NamedTuple):
+    """An image, and where what was drawn for it stands: after a bad one in the plan of its successor."""
+
+    plan: Plan
+    row: int
+    pixels: Tensor  # uint8 [3, H, W]
+
+    @property
+    def image(self) -> int:
+        """Row of the index."""
+        return int(self.plan.image[self.row])
 
 
 class Row(NamedTuple):
@@ -72,7 +85,20 @@ def gather(stream: Stream, rows: list[Row]) -> HostBatch:
 
 
 def load_row(stream: Stream, plan: Plan, row: int, position: int, *, replace: bool) -> Row:
+    """The crops of one row of a plan, see `decode_row`."""
+    decoded, bad = decode_row(stream, plan, row, position, replace=replace)
+    if decoded is None:
+        return Row(None, bad)
+    return Row(Sample(decoded.image, decoded.plan.color[decoded.row], list(_cuts(stream, decoded))), bad)
+
+
+def decode_row(
+    stream: Stream, plan: Plan, row: int, position: int, *, replace: bool
+) -> tuple[Decoded | None, list[tuple[str, str]]]:
     """The image of one row of a plan; with `replace` the successors of one that cannot be decoded are tried.
+
+    Returns:
+        The image, None where it is left out, and (path, reason) of what could not be decoded.
 
     Raises:
         DataError: `MAX_SUCCESSORS` images in a row cannot be decoded.
@@ -87,21 +113,22 @@ def load_row(stream: Stream, plan: Plan, row: int, position: int, *, replace: bo
         except BadImage as error:
             bad.append((stream.index.path(image), str(error)))
             if not replace:
-                return Row(None, bad)
+                return None, bad
             continue
-        return Row(Sample(image, plan.color[row], list(_cuts(stream, plan, row, pixels))), bad)
+        return Decoded(plan, row, pixels), bad
     raise DataError(f"{MAX_SUCCESSORS} images in a row cannot be decoded, the last is {bad[-1][0]}: {bad[-1][1]}")
 
 
-def _cuts(stream: Stream, plan: Plan, row: int, pixels: Tensor) -> Iterator[Tensor]:
+def _cuts(stream: Stream, decoded: Decoded) -> Iterator[Tensor]:
+    plan, row = decoded.plan, decoded.row
     for view, window, flips in zip(stream.views, plan.windows[row], plan.flip[row].tolist(), strict=True):
-        crop = cut(pixels, window, view)
+        crop = cut(decoded.pixels, window, view)
         yield crop.flip(1) if flips else crop
 
 
 def cut(pixels: Tensor, window: NDArray[np.float64], view: View) -> Tensor:
     """Crop and resize with antialiasing: uint8 [3, H, W] to uint8 [size, size, 3], as torchvision does it."""
-    mode = _MODES[view.interpolation]
+    mode = MODES[view.interpolation]
     if view.crop == "center":
         height, width = pixels.shape[1:]
         new_w, new_h = (int(side) for side in resized_sides(view, np.array(float(width)), np.array(float(height))))
@@ -148,7 +175,7 @@ def _middle(pixels: Tensor, new_h: int, new_w: int, view: View) -> Tensor:
     near = F.resize(
         pixels[:, :, first:last],
         [new_h, round((last - first) * factor)],
-        interpolation=_MODES[view.interpolation],
+        interpolation=MODES[view.interpolation],
         antialias=True,
     )
     top, left = round((new_h - view.size) / 2), round((new_w - view.size) / 2 - first * factor)

@@ -6,6 +6,7 @@ import importlib
 import itertools
 import pkgutil
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, Literal, NamedTuple
@@ -27,6 +28,7 @@ from loaders.order import VERSION
 from loaders.readahead import read_ahead
 from loaders.sampler import EvalPositions, Stream, TrainPositions
 from loaders.views import View
+from loaders.voc import EXPECTED as DEVKIT
 
 SUFFIX = "_loader"
 AUTO = "auto"
@@ -73,7 +75,8 @@ class DataConfig(Strict):
     train: PathText | None = None
     """Training images: a folder of images, flat, with one folder per class or a tree of any depth; a list file
     (`<image>` or `<image> <class>` on each line); tar shards or Parquet files (a folder of them, or a pattern such as
-    `shards/*.tar`); a `.beton` file; or an `.index` file of `tools/make_index.py`."""
+    `shards/*.tar`); a `.beton` file; splits of a PASCAL VOC kit (`VOCdevkit#2007_trainval+2012_trainval`); or an
+    `.index` file of `tools/make_index.py`."""
     val: PathText | None = None
     """The same for validation, with labels."""
     hold_out: float | None = Field(default=None, gt=0, lt=1)
@@ -147,7 +150,8 @@ def on_noise(config: DataConfig, *, num_images: int, num_classes: int, side: int
     """The same views of images that need no files, for benchmarks."""
     from loaders.synthetic_loader import Options as Synthetic
 
-    options = Synthetic(num_images=num_images, num_classes=num_classes, side=side)
+    boxes = config.options.gives_boxes
+    options = Synthetic(num_images=num_images, num_classes=num_classes, side=side, with_boxes=boxes)
     return config.model_copy(update={"backend": "synthetic", "options": options, "expect_images": None})
 
 
@@ -155,11 +159,13 @@ def why_unusable(config: DataConfig) -> dict[str, str]:
     """Every back end -> "" or why it cannot stand in for the config's own on this machine."""
     reasons = {}
     for name in backends():
-        options = load(name).Options
+        options = config.options if name == config.backend else load(name).Options()
         if options.reads_files and not config.options.reads_files:
             reasons[name] = "the recipe's data set has no files"
         elif config.options.reads_files and not options.reads_files:
             reasons[name] = "its images are not those of the data set"
+        elif options.gives_boxes != config.options.gives_boxes:
+            reasons[name] = "gives boxes" if options.gives_boxes else "gives no boxes"
         else:
             reasons[name] = (options.refuses(Path(config.train)) if config.train else "") or options.missing()
     return reasons
@@ -183,7 +189,7 @@ class Batch(NamedTuple):
 
     views: list[Tensor]  # V x [B, 3, size, size], normalized, channels_last, on the device; neighboring views of one
     # size are adjacent in memory
-    label: Tensor | None  # int64 [B], on the device; None where the data set has no labels
+    label: Tensor | None  # int64 [B], or boxes as in `HostBatch`, on the device; None where the data set has no labels
     rows: Tensor  # int64 [B], rows of the index, on the host
 
 
@@ -262,7 +268,7 @@ class Loader:
 
 
 def open_data(config: DataConfig, split: Literal["train", "held_out", "val"], *, for_labels: str = "") -> Index:
-    """Index a split of the data set.
+    """Index a split of the data set. Of scenes, those without objects are left out of training: they show no class.
 
     Args:
         split: with `hold_out` the training images are two: those that train, and those that are held out.
@@ -279,6 +285,9 @@ def open_data(config: DataConfig, split: Literal["train", "held_out", "val"], *,
     if not root:
         raise DataError(f"data.{key}: not set; expected a folder of images, or what else data.{key} takes")
     index = _part(config, split, open_root(config, root, labels=config.labels, for_labels=for_labels))
+    if split == "train" and config.options.gives_boxes and index.objects is not None:
+        shown = np.unique(index.objects.image)
+        index = index if len(shown) == len(index) else index.take(shown)
     if split == "train" and len(index) < config.batch_size:
         raise DataError(
             f"{root}: {len(index)} images are fewer than data.batch_size {config.batch_size}; "
@@ -311,8 +320,13 @@ def open_root(
     quarantine = Path(config.quarantine) if config.quarantine else None
     request = Request(config.max_pixels, labels, asks_labels=bool(for_labels))
     index = sources.open_index(Path(root), request, quarantine=quarantine)
-    if for_labels and not index.is_labeled:
-        one = f"is all of one class, {index.classes[0]!r}" if index.classes else "has no labels"
+    if for_labels and config.options.gives_boxes:
+        if index.objects is None:
+            raise DataError(f"{root}: has no boxes, and {for_labels} needs them; expected {DEVKIT}")
+    elif for_labels and not index.is_labeled:
+        one = f"is all of one class, {index.classes[0]!r}" if len(index.classes) == 1 else "has no labels"
+        if index.objects is not None:
+            one = "has several classes in an image"
         if labels == "none":
             one = "has no labels, as data.labels says"
         raise DataError(
@@ -380,15 +394,16 @@ def open_train(
     Raises:
         DataError: the back end is not installed.
     """
+    window = config.window if config.order == "blocks" else None
+    stream = Stream(index, config.views, seed, version=version, window=window, fixed_views=config.fixed_views)
     positions = TrainPositions(
         batch_size=config.batch_size,
         micro_batch=config.micro_batch,
         rank=place.rank,
         world_size=place.world_size,
         step=step,
+        arrange=partial(config.options.arrange, stream),
     )
-    window = config.window if config.order == "blocks" else None
-    stream = Stream(index, config.views, seed, version=version, window=window, fixed_views=config.fixed_views)
     return _open(config, stream, positions, place, training=True, dtype=dtype)
 
 
@@ -442,6 +457,7 @@ def _open(
         replace=training and config.on_bad_image == "replace",
         workers=workers_per_rank(config, place.local_world_size),
         device=place.device,
+        fill=tuple(round(255 * share) for share in config.mean),  # type: ignore[arg-type]
     )
     batches = config.options.batches(order)
     stops = training and config.on_bad_image == "stop"

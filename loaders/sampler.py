@@ -6,7 +6,8 @@ So a resumed run, another number of ranks, workers or another back end sees the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -22,7 +23,7 @@ CROP_TRIES = 10  # as torchvision's RandomResizedCrop
 BRIGHTNESS, CONTRAST, SATURATION, HUE, ORDER, GRAY, SIGMA, SOLARIZE = range(8)
 NUM_COLOR = 8
 NO_SOLARIZE = 2.0  # a threshold that no pixel reaches
-_DRAWS = 2 * CROP_TRIES + 2 + 12  # crop tries, crop position, flip and color
+_DRAWS = 2 * CROP_TRIES + 2 + 11 + 1  # crop tries, crop position, flip and color, `Plan.free`
 
 
 class Plan(NamedTuple):
@@ -33,6 +34,7 @@ class Plan(NamedTuple):
     sees: NDArray[np.float64]  # [b, V, 4]: top, left, bottom, right of all that a window's filter may read
     flip: NDArray[np.bool_]  # [b, V]
     color: NDArray[np.float32]  # [b, V, NUM_COLOR]
+    free: NDArray[np.float64]  # [b, V] in (0, 1): one more draw, for a back end whose images have more than a window
 
 
 class Stream:
@@ -97,6 +99,7 @@ class Stream:
             sees=np.stack(sees, axis=1),
             flip=np.stack(flips, axis=1),
             color=np.stack(colors, axis=1),
+            free=drawn[:, :, -1],
         )
 
 
@@ -186,18 +189,30 @@ class TrainPositions:
 
     The images of an optimizer step are the same for every number of ranks: micro-step m of step t takes a run
     of `micro_batch * world_size` positions, rank r the r-th part of it.
+
+    Args:
+        arrange: puts the positions of a step in another order before they are dealt so.
     """
 
-    def __init__(self, *, batch_size: int, micro_batch: int, rank: int, world_size: int, step: int) -> None:
+    def __init__(
+        self,
+        *,
+        batch_size: int,
+        micro_batch: int,
+        rank: int,
+        world_size: int,
+        step: int,
+        arrange: Callable[[list[int]], list[int]] = list,
+    ) -> None:
         assert batch_size % (micro_batch * world_size) == 0
-        self.micro_batch, self.stride = micro_batch, micro_batch * world_size
-        self.start = step * batch_size + rank * micro_batch
+        self.batch_size, self.micro_batch, self.step, self.arrange = batch_size, micro_batch, step, arrange
+        self.parts = range(rank * micro_batch, batch_size, micro_batch * world_size)
 
     def __iter__(self) -> Iterator[list[int]]:
-        start = self.start
-        while True:
-            yield list(range(start, start + self.micro_batch))
-            start += self.stride
+        for step in itertools.count(self.step):
+            positions = self.arrange(list(range(step * self.batch_size, (step + 1) * self.batch_size)))
+            for first in self.parts:
+                yield positions[first : first + self.micro_batch]
 
 
 class EvalPositions:

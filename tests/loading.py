@@ -12,7 +12,7 @@ from loaders.views import View
 from tests.processes import tool
 
 CPU = torch.device("cpu")
-BACKENDS = loaders.backends()
+BACKENDS = [name for name in loaders.backends() if not loaders.load(name).Options().gives_boxes]
 FILES = [  # read the files of a folder
     name
     for name in BACKENDS

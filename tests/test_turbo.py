@@ -54,7 +54,7 @@ def cut(index, rows, view, windows, flip=False):
     """Crops of one view: windows (top, left, height, width) [b, 4] to uint8 [b, size, size, 3]."""
     windows = np.array(windows, dtype=float)[:, None]
     sees = np.concatenate((windows[..., :2], windows[..., :2] + windows[..., 2:]), axis=-1)
-    plan = Plan(np.array(rows), windows, sees, np.full((len(rows), 1), flip), None)
+    plan = Plan(np.array(rows), windows, sees, np.full((len(rows), 1), flip), None, None)
     return run_plan(index, plan, view)
 
 

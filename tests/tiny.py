@@ -30,7 +30,12 @@ def tiny_overrides(path: Path, folder: Path) -> list[str]:
     overrides = [
         f"run.folder={folder}",
         "data.backend=synthetic",
+<<<<<<< HEAD
         f"data.options={{num_images: 40, num_val_images: 16, num_classes: 4, side: 36{boxes}}}",
+=======
+        "data.options={num_images: 40, num_val_images: 16, num_classes: 4, side: 36, "
+        f"with_boxes: {json.dumps(content.data.options.gives_boxes)}}}",
+>>>>>>> 2246e10 (Back end scenes: whole images with boxes, arranged by orientation; synthetic has boxes too. Not run yet)
         "data.expect_images=null",
         "data.batch_size=16",
         "data.micro_batch=8",
