@@ -239,9 +239,13 @@ def _detection(
     found = found[found[:, 0].argsort(stable=True)]  # an image is on one rank, its boxes in order
     images = images.sort().values
     if step is not None and world.is_main:
-        _keep(recipe.folder / f"detections-{step}.npz", detections=found, images=images)
+        paths = [index.path(row) for row in images.tolist()]
+        _keep(
+            recipe.folder / f"detections-{step}.npz",
+            {"detections": found, "images": images, "paths": paths, "classes": index.classes},
+        )
     assert index.objects is not None  # refused at the start
-    truth = Objects(*index.objects.where(np.isin(index.objects.image, images)))
+    truth = Objects(*index.objects.where(np.isin(index.objects.image, images.numpy())))
     row, label, score, *_ = found.numpy().T
     claimed = Detections(row.astype(np.int64), label.astype(np.int64), score, found[:, 3:].numpy())
     scores = _apart(
@@ -303,12 +307,13 @@ def _precise(
             buffer.copy_(old)
 
 
-def _keep(path: Path, **arrays: Any) -> None:
-    """Write what was detected; a full disk must not cost the run."""
+def _keep(path: Path, columns: dict[str, Any]) -> None:
+    """Write what was detected: `detections` [n, 7] as of `_boxes`, rows and paths of the `images` that were looked at,
+    names of the `classes`. A full disk must not cost the run."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with aside(path) as out, open(out.part, "wb") as file:
-            np.savez(file, **{name: np.asarray(array) for name, array in arrays.items()})
+            np.savez(file, **{name: np.asarray(column) for name, column in columns.items()})
     except OSError as error:
         logger.warning(f"{path} cannot be written: {error.strerror}; training continues")
 

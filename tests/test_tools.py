@@ -489,6 +489,7 @@ OUTPUTS = {
     "make_images": (["digits", "{out}"], "write"),
     "make_index": (["{data}", "{out}.index"], "open_index"),
     "scan_images": (["{data}", "--report", "{folder}"], "open_index"),
+    "show_detections": (["{data}", "--out", "{out}.png"], "newest"),
     "show_views": (["{recipe}", "data.backend=synthetic", "--out", "{out}.png"], "views_of"),
     "train": (["{recipe}", "data.backend=synthetic", "--benchmark", "loader", "--json", "{out}.json"], "loader"),
     "train, figure": (["{recipe}", "data.backend=synthetic", "--benchmark", "step", "--figure", "{out}.png"], "step"),

@@ -167,7 +167,8 @@ class Detect(Method):
         for image, of_image in zip(images, label, strict=True):
             # Alone and at its own size: what surrounds an image in its batch must not show in what is found.
             width, height = (detector.padded(side, stride) for side in of_image[0, 3:5].tolist())
-            (found,), _ = self._run(image[None, :, :height, :width], of_image[None, :1])
+            image = image[None, :, :height, :width].contiguous(memory_format=torch.channels_last)
+            (found,), _ = self._run(image, of_image[None, :1])
             kept = (found["labels"] - 1, found["scores"], *found["boxes"].unbind(dim=1))
             rows.append(torch.stack([column.to(found["scores"].dtype) for column in kept], dim=1))
         return rows
