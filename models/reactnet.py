@@ -268,8 +268,12 @@ class ReActNet(Backbone):
         for number, (block, after) in enumerate(zip(blocks, [*blocks[1:], None], strict=True)):
             threshold = after.shift1.bias.flatten() if after is not None else None
             x, sign = block.fused(x, sign, weights[2 * number : 2 * number + 2], threshold)
-        buffers = (named for block in blocks for named in block.named_buffers())
-        counters = [buffer for name, buffer in buffers if name.endswith("num_batches_tracked")]
+        counters = [
+            buffer
+            for block in blocks
+            for name, buffer in block.named_buffers()
+            if name.endswith("num_batches_tracked")
+        ]
         torch._foreach_add_(counters, 1)
         return x
 
