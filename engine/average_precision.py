@@ -2,11 +2,11 @@
 
 Four definitions go by the same name and differ by several points on small sets:
 
-| mode | what | who |
+| mode | what | where |
 |---|---|---|
-| `envelope` | area under the precision-recall curve made monotone, at every hit | PASCAL VOC from 2010 on; the test score of the VOC07 SVM |
-| `step` | mean precision at the hits, the curve as it is | scikit-learn; the cross-validation of the VOC07 SVM |
-| `eleven` | mean of the monotone curve at recalls 0, 0.1 ... 1 | PASCAL VOC 2007 (Everingham et al. 2010, section 4.2) |
+| `envelope` | area under the precision-recall curve, made monotone | VOC from 2010 on; the test of the VOC07 SVM |
+| `step` | mean precision at the hits, the curve as it is | scikit-learn; cross-validation of the VOC07 SVM |
+| `eleven` | mean of the monotone curve at recalls 0, 0.1 ... 1 | VOC 2007 (Everingham et al. 2010, section 4.2) |
 | `coco` | the same at `numpy.linspace(0, 1, 101)` | COCO |
 
 `eleven` compares recalls as whole numbers. The usual `numpy.arange(0, 1.1, 0.1)` has 0.3, 0.6 and 0.7 one unit in the
@@ -21,6 +21,8 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from loaders import Objects
 
 Mode = Literal["envelope", "step", "eleven", "coco"]
 THRESHOLDS = np.arange(50, 100, 5) / 100
@@ -76,22 +78,9 @@ class Detections(NamedTuple):
     score: NDArray[np.float64]  # [D]
     box: NDArray[np.float64]  # [D, 4]: x1, y1, x2, y2, continuous coordinates
 
-    def of_class(self, label: int) -> Detections:
-        """Those of one class."""
-        return Detections(*(column[self.label == label] for column in self))
-
-
-class Objects(NamedTuple):
-    """M boxes that are there."""
-
-    image: NDArray[np.int64]  # [M]
-    label: NDArray[np.int64]  # [M]
-    box: NDArray[np.float64]  # [M, 4]
-    difficult: NDArray[np.bool_]  # [M]: neither to be found nor wrong to find
-
-    def of_class(self, label: int) -> Objects:
-        """Those of one class."""
-        return Objects(*(column[self.label == label] for column in self))
+    def where(self, chosen: NDArray[np.bool_]) -> Detections:
+        """Those that a mask [D] chooses."""
+        return Detections(*(column[chosen] for column in self))
 
 
 class DetectionScores(NamedTuple):
@@ -120,8 +109,8 @@ def detection_scores(
     """
     rows = []
     for label in range(num_classes):
-        of_class = truth.of_class(label)
-        hits, misses = match(found.of_class(label), of_class, rules=rules)
+        of_class = truth.where(truth.label == label)
+        hits, misses = match(found.where(found.label == label), of_class, rules=rules)
         positives = int((~of_class.difficult).sum())
         counted = zip(hits, hits | misses, strict=True)
         rows.append([average_precision(is_hit[counts], positives, mode) for is_hit, counts in counted])

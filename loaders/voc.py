@@ -185,7 +185,7 @@ def read_objects(scenes: Scenes, index: Index) -> Objects:
         x1, y1, x2, y2 = objects.box[at] + [1, 1, 0, 0]
         raise DataError(
             f"{scenes.annotations[row]}: object {number} ({scenes.classes[objects.label[at]]}): the box from "
-            f"({x1:g}, {y1:g}) to ({x2:g}, {y2:g}) leaves the image, which has {width[at]}x{height[at]} pixels from 1 on"
+            f"({x1:g}, {y1:g}) to ({x2:g}, {y2:g}) leaves the image of {width[at]}x{height[at]} pixels"
         )
     return objects
 

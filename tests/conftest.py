@@ -29,3 +29,14 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
 @pytest.fixture(scope="session")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tree(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="session")
+def kit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 + 10 scenes of digits in the layout of PASCAL VOC."""
+    pytest.importorskip("sklearn")
+    from tests.processes import tool
+
+    out = tmp_path_factory.mktemp("scenes") / "kit"
+    tool("make_images").make("digit_scenes", out, limit=24)
+    return out

@@ -166,3 +166,31 @@ def _damaged_png(content, rng, *, unpacks):
     return content[:8] + b"".join(
         struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
     )
+
+
+def write_kit(root, scenes, *, split="2007_trainval", classes=None, pictures=True):
+    """A split in the layout of PASCAL VOC: id -> (width, height, objects), each object (class, box, difficult) with a
+    box of inclusive pixels from 1 on. `classes`: write the files of these, with what is in each image."""
+    year, name = split.split("_")
+    folder = root / f"VOC{year}"
+    for part in ("JPEGImages", "Annotations", "ImageSets/Main"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    (folder / "ImageSets/Main" / f"{name}.txt").write_text("".join(f"{number}\n" for number in scenes))
+    for number, (width, height, objects) in scenes.items():
+        if pictures:
+            image = Image.fromarray(picture(int(number), height, width))
+            image.save(folder / "JPEGImages" / f"{number}.jpg", quality=95)
+        said = "".join(
+            f"<object><name>{label}</name><difficult>{int(difficult)}</difficult><bndbox><xmin>{x1}</xmin>"
+            f"<ymin>{y1}</ymin><xmax>{x2}</xmax><ymax>{y2}</ymax></bndbox>"
+            f"<part><name>head</name><bndbox><xmin>1</xmin></bndbox></part></object>"
+            for label, (x1, y1, x2, y2), difficult in objects
+        )
+        (folder / "Annotations" / f"{number}.xml").write_text(f"<annotation>{said}</annotation>\n")
+    for label in classes or ():
+        lines = []
+        for number, (_, _, objects) in scenes.items():
+            difficult = [d for c, _, d in objects if c == label]
+            lines.append(f"{number} {-1 if not difficult else 0 if all(difficult) else 1:2d}\n")
+        (folder / "ImageSets/Main" / f"{label}_{name}.txt").write_text("".join(lines))
+    return root
