@@ -75,7 +75,8 @@ def test_canvases_and_labels(data):
 
 
 def test_scale_and_flip_are_drawn_and_the_ink_stays_in_its_box(kit):
-    data = scenes(kit)
+    options = loaders.load("scenes").Options(short_sides=(128, 144, 160), max_side=224)  # as large as they were drawn
+    data = scenes(kit, options=options)
     sides, mirrored = set(), 0
     for batch in train(data, 12):
         index = index_of(data)
@@ -92,7 +93,7 @@ def test_scale_and_flip_are_drawn_and_the_ink_stays_in_its_box(kit):
                 inside[max(0, int(y1) - 2) : int(y2) + 3, max(0, int(x1) - 2) : int(x2) + 3] = True
                 assert difficult or ink[int(y1) : int(y2) + 1, int(x1) : int(x2) + 1].any()
             assert not (ink & ~inside).any()
-    assert len(sides) >= 3 and max(sides) <= 96 and 4 < mirrored < 20
+    assert len(sides) >= 3 and max(sides) <= 160 and 4 < mirrored < 20
 
 
 def test_a_flip_mirrors_pixels_and_boxes_within_the_image(kit):
