@@ -318,12 +318,12 @@ def open_root(
         DataError: it is missing or not laid out as expected, or has no labels though they are asked for.
     """
     quarantine = Path(config.quarantine) if config.quarantine else None
-    request = Request(config.max_pixels, labels, asks_labels=bool(for_labels))
+    has_boxes = config.options.gives_boxes
+    request = Request(config.max_pixels, labels, asks_labels=bool(for_labels) or has_boxes)
     index = sources.open_index(Path(root), request, quarantine=quarantine)
-    if for_labels and config.options.gives_boxes:
-        if index.objects is None:
-            raise DataError(f"{root}: has no boxes, and {for_labels} needs them; expected {DEVKIT}")
-    elif for_labels and not index.is_labeled:
+    if has_boxes and index.objects is None:
+        raise DataError(f"{root}: has no boxes, which data.backend={config.backend} gives; expected {DEVKIT}")
+    if for_labels and not has_boxes and not index.is_labeled:
         one = f"is all of one class, {index.classes[0]!r}" if len(index.classes) == 1 else "has no labels"
         if index.objects is not None:
             one = "has several classes in an image"
