@@ -200,15 +200,29 @@ def initialize(module: nn.Module, config: MethodConfig, init: InitConfig) -> Non
             trained as another one.
         models.weights.WeightsError: keys or shapes that do not fit; all of them are listed.
     """
-    path = source(init)
-    if is_named(path) and not is_intact(path):
-        raise CheckpointError(f"{path}: damaged, its content does not match the hash in its name")
-    content = weights.read_file(path)
+    path, content = _read(init)
     if isinstance(content, dict) and content.get("step", 0) < content.get("total_steps", 0):
         logger.warning(f"{path}: of an unfinished run, step {content['step']} of {content['total_steps']}")
     _take(module, config, init, content, path)
     for target, part in init.load.items():
         logger.info(f"{target} starts from {part} of {path}")
+
+
+def parts_of(init: InitConfig) -> dict[str, weights.State]:
+    """The parts of the source of an `init` entry.
+
+    Raises:
+        CheckpointError, models.weights.WeightsError: as `initialize`.
+    """
+    path, content = _read(init)
+    return weights.split(content, path)
+
+
+def _read(init: InitConfig) -> tuple[Path, Any]:
+    path = source(init)
+    if is_named(path) and not is_intact(path):
+        raise CheckpointError(f"{path}: damaged, its content does not match the hash in its name")
+    return path, weights.read_file(path)
 
 
 def would_fit(module: nn.Module, config: MethodConfig, init: InitConfig, source: Recipe) -> None:
@@ -224,6 +238,7 @@ def would_fit(module: nn.Module, config: MethodConfig, init: InitConfig, source:
 def _take(module: nn.Module, config: MethodConfig, init: InitConfig, content: Any, path: Path) -> None:
     parts = weights.split(content, path)
     children = dict(module.named_children())
+    unmatched = list(init.drop)
     for target, part in init.load.items():
         if target not in children:
             raise CheckpointError(
@@ -231,10 +246,27 @@ def _take(module: nn.Module, config: MethodConfig, init: InitConfig, content: An
             )
         if part not in parts:
             raise CheckpointError(f"{path}: has no part '{part}', expected one of {', '.join(parts)}")
-        weights.load_part(children[target], parts[part], part=part, path=path)
+        state, dropped = parts[part], [name for name in init.drop if weights.has(parts[part], name)]
+        for name in dropped:
+            if weights.has(children[target].state_dict(), name):
+                raise CheckpointError(f"{path}: init.drop: {target} has '{name}' here, expected a module that it has not")
+            state = {key: value for key, value in state.items() if not key.startswith(f"{name}.")}
+        unmatched = [name for name in unmatched if name not in dropped]
+        weights.load_part(children[target], state, part=part, path=path)
         is_frozen = not all(parameter.requires_grad for parameter in children[target].parameters())
         if is_frozen and target in config.networks:
-            _must_be_trained_as(target, config.networks[target], trained_as(content, part), part, path)
+            network, then = config.networks[target], trained_as(content, part)
+            _must_be_trained_as(target, network, _without(then, network, dropped), part, path)
+    if unmatched:
+        raise CheckpointError(
+            f"{path}: init.drop: no module '{unmatched[0]}' in {', '.join(init.load.values())}; drop names what the source "
+            "has and the network here has not"
+        )
+
+
+def _without(keys: dict[str, Any], network: BackboneConfig, dropped: list[str]) -> dict[str, Any]:
+    """The keys of a network without those that only put on top what is dropped."""
+    return {key: value for key, value in keys.items() if network.on_top.get(key) not in dropped}
 
 
 def trained_as(content: Any, part: str) -> dict[str, Any]:

@@ -20,10 +20,15 @@ from loaders.sources import check_quarantine
 from models import methods
 from models.collectives import world_size
 
+HELD_OUT = "held_out"
+"""The name of the training images that `data.hold_out` keeps from training."""
+TRAINED_ON = "trained_on"
+"""Of an evaluation: what the run trains on, where BatchNorm is estimated anew on it. It needs no labels."""
+
 
 def open_indices(recipe: Recipe, world: World) -> dict[str, Index]:
-    """Index training images, and those of the evaluations: name (`train`, `val`, or the key of an evaluation that has a
-    set of its own, such as `evals.0.val`) -> index, the same on all ranks.
+    """Index training images, and those of the evaluations: name (`train`, `held_out`, `val`, or the key of an evaluation
+    that has a set of its own, such as `evals.0.val`) -> index, the same on all ranks.
 
     One process of each machine reads, the others map what it found.
 
@@ -80,12 +85,14 @@ def _wanted(recipe: Recipe) -> dict[str, Callable[[], Index]]:
     asks = {
         name: f"evals.{number} ({config.kind}; evals=[] goes without)"
         for number, config in enumerate(recipe.evals)
-        for name in names_of(recipe, number).values()
+        for which, name in names_of(recipe, number).items()
+        if which != TRAINED_ON
     }
     if recipe.method.needs_labels:
         asks["train"] = f"method {recipe.method.name}"
     wanted: dict[str, Callable[[], Index]] = {}
-    for name in dict.fromkeys(["train", *sorted(asks)]):
+    held_out = [HELD_OUT] if recipe.data.hold_out is not None else []
+    for name in dict.fromkeys(["train", *held_out, *sorted(asks)]):
         if (root := _own_root(recipe, name)) is not None:
             wanted[name] = partial(loaders.open_root, recipe.data, root, for_labels=asks[name])
         else:
@@ -94,19 +101,29 @@ def _wanted(recipe: Recipe) -> dict[str, Callable[[], Index]]:
 
 
 def names_of(recipe: Recipe, number: int) -> dict[str, str]:
-    """The data sets of evaluation `number`: `train` (where it needs one) and `val` -> name in `open_indices`."""
+    """The data sets of evaluation `number`: `train` (where it needs one), `val`, `held_out` (where it chooses by them)
+    and `trained_on` (where it estimates BatchNorm anew) -> name in `open_indices`."""
     config = recipe.evals[number]
-    return {
+    if not config.needs_images:
+        return {}
+    names = {
         which: which if getattr(config, which) is None else f"evals.{number}.{which}"
         for which in ("train", "val")
         if which == "val" or config.needs_train
     }
+    if config.split == HELD_OUT:
+        names["val"] = HELD_OUT
+    if recipe.chooses(config):
+        names[HELD_OUT] = HELD_OUT
+    if config.precise_bn:
+        names[TRAINED_ON] = "train"
+    return names
 
 
 def roots_of(recipe: Recipe) -> dict[str, str | None]:
     """Dotted key -> what it names, for all that a recipe reads."""
     of_evals = [name for number in range(len(recipe.evals)) for name in names_of(recipe, number).values()]
-    own = {name: _own_root(recipe, name) for name in dict.fromkeys(["train", *of_evals])}
+    own = {name: _own_root(recipe, name) for name in dict.fromkeys(["train", *of_evals]) if name != HELD_OUT}
     return {f"data.{name}" if root is None else name: root or getattr(recipe.data, name) for name, root in own.items()}
 
 
@@ -118,7 +135,7 @@ def _own_root(recipe: Recipe, name: str) -> str | None:
 
 
 def sets_of(recipe: Recipe, number: int, indices: dict[str, Index]) -> dict[str, Index]:
-    """The data sets of evaluation `number` as `train` and `val`."""
+    """The data sets of evaluation `number` as `names_of` names them."""
     return {which: indices[name] for which, name in names_of(recipe, number).items()}
 
 
@@ -127,7 +144,7 @@ def _check(recipe: Recipe, indices: dict[str, Index]) -> None:
     if recipe.data.quarantine and recipe.data.options.reads_files:
         check_quarantine(Path(recipe.data.quarantine), indices.values())
     expected = recipe.data.expect_images
-    count = len(train) + train.quarantined
+    count = len(train) + train.quarantined + len(indices.get(HELD_OUT, ()))
     if expected is not None and count != expected:
         raise DataError(
             f"{root}: {count} images, the recipe expects {expected}; complete the data set, or set "
@@ -153,7 +170,7 @@ def _too_few(recipe: Recipe) -> str:
         return ""
     method = methods.on_meta(recipe.method).train()
     views = [torch.empty(1, 3, view.size, view.size, device="meta") for view in recipe.data.views]
-    label = torch.zeros(1, dtype=torch.long, device="meta")
+    label = torch.zeros((1, 2, 6) if recipe.method.takes_boxes else 1, device="meta").long()
     zeros = {name: torch.zeros((), device="meta") for name in recipe.method.schedules}
     normalizing: list[str] = []
     for name, module in method.named_modules():
@@ -189,6 +206,8 @@ def _unusable(index: Index) -> str:
 
 def _check_classes(recipe: Recipe, number: int, indices: dict[str, Index]) -> None:
     names = names_of(recipe, number)
+    if not names:
+        return
     known = names.get("train", "train")  # what answers are given in
     check_classes(
         _named(recipe, names["val"], indices),
@@ -225,4 +244,4 @@ def _named(recipe: Recipe, name: str, indices: dict[str, Index]) -> str:
     """What a recipe names as a data set: of a list the file, not its folder."""
     if not recipe.data.options.reads_files:
         return str(indices[name].root)
-    return _own_root(recipe, name) or getattr(recipe.data, name)
+    return _own_root(recipe, name) or getattr(recipe.data, "train" if name == HELD_OUT else name)

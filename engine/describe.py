@@ -36,6 +36,8 @@ def describe(recipe: Recipe, *, resumes: bool = False, allow_changes: bool = Fal
 def _horizon(recipe: Recipe, train: Index | None, has_train: bool) -> Horizon | None:
     data = recipe.data
     images = data.expect_images
+    if images and data.hold_out is not None:
+        images = round(images * (1 - data.hold_out))
     try:
         if train is not None or has_train:
             images = len(loaders.open_data(data, "train") if train is None else train)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar, cast
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -11,13 +15,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import loaders
-from engine import dist, faults, features
+from engine import checkpoint, dist, faults, features
+from engine.average_precision import Detections, Objects, detection_scores
 from engine.consensus import Consensus
 from engine.dist import World
-from engine.errors import EngineError, first_line
+from engine.errors import CheckpointError, EngineError, first_line
 from engine.features import Network, Part
+from engine.log import logger
 from engine.recipe import EvalConfig, Recipe
-from loaders import DataConfig, DataError, Index, LoaderError
+from loaders import Batch, DataConfig, DataError, Index, LoaderError
+from loaders.files import aside
+from models import weight_signs
 from models.methods import Method
 from models.statistics import reestimate
 
@@ -42,15 +50,20 @@ def run(
     recipe: Recipe,
     indices: dict[str, Index],
     world: World,
-) -> dict[str, float] | None:
-    """Run one evaluation on all ranks with rank 0's buffers, in float32; the method is left as it was.
+    step: int | None = None,
+) -> dict[str, Any] | None:
+    """Run one evaluation on all ranks with rank 0's buffers, in float32; the method is left as it was, but that of
+    several classifiers the best on held-out images is chosen.
 
     Args:
-        indices: labeled images, `val` and, where it learns from some, `train`.
+        indices: labeled images, `val` and, where it learns from some, `train`, where it chooses by some, `held_out`, where
+            BatchNorm is estimated anew, `trained_on`.
+        step: of the run, under whose number what was detected is kept in the run folder; None keeps nothing.
 
     Returns:
         `top1` and `per_class`, the mean over classes of the share of their images that are found (and `top5`;
-        `baselines` has names of its own) in percent, and the number of images that were measured; None on all ranks
+        `baselines`, `signs` and `detection` have names of their own) in percent, and the number of images that were
+        measured; of several classifiers also which is `chosen`, and the top-1 of each on both sets; None on all ranks
         where a signal cut it short, because a job that is about to be killed has no time for it.
 
     Raises:
@@ -61,10 +74,15 @@ def run(
     dist.broadcast_buffers(method)
     method.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _precise(config.precise_bn, method, recipe, indices, world, consensus):
+            if config.kind == "signs":
+                return _signs(method, recipe, world, consensus)
             if config.kind == "baselines":
                 return _baselines(config, method, recipe, indices, world, consensus)
-            return measure(config, method.logits, method.evaluated, recipe.data, indices, world)
+            if config.kind == "detection":
+                return _detection(config, method, recipe, indices, world, consensus, step)
+            chosen = _choose(method, recipe, indices, world, consensus) if recipe.chooses(config) else {}
+            return {**measure(config, method.logits, method.evaluated, recipe.data, indices, world), **chosen}
     except _Cut:
         return None
     finally:
@@ -100,7 +118,7 @@ def _apart(action: Callable[[], T], consensus: Consensus) -> T:
     except Exception as error:
         if isinstance(error, EngineError) or faults.ends(error):
             raise
-        is_plain = isinstance(error, DataError | LoaderError | ValueError)
+        is_plain = isinstance(error, DataError | LoaderError | ValueError)  # WeightsError is one
         problem = first_line(error) if is_plain else f"{type(error).__name__}: {first_line(error)}"
     if consensus.stops():
         raise _Cut
@@ -152,6 +170,51 @@ def recall(found: Tensor, there: Tensor) -> float:
     return float(100 * (found[there > 0] / there[there > 0]).mean())
 
 
+def _choose(
+    method: Method, recipe: Recipe, indices: dict[str, Index], world: World, consensus: Consensus
+) -> dict[str, Any]:
+    """Choose the classifier with the best top-1 on held-out images, the first of equals; and what all of them have."""
+    names = recipe.method.choices
+    found: dict[str, list[float]] = {}
+    for split in ("held_out", "val"):
+
+        def count(index: Index = indices[split]) -> Tensor:
+            counts = torch.zeros(len(names) + 1, dtype=torch.float64, device=world.device)  # hits of each, images
+            for batch in _batches(recipe.data, index, None, world, consensus):
+                label = _labels(batch)
+                counts[:-1] += (method.candidates(batch.views[0]).argmax(dim=2) == label).sum(dim=1)
+                counts[-1] += len(label)
+            return counts
+
+        *hits, images_seen = _apart(count, consensus)
+        *found[split], _ = _percent(torch.stack(hits), images_seen)
+    best = max(range(len(names)), key=found["held_out"].__getitem__)
+    method.choose(best)
+    each = {f"{key}/{name}": value for key, values in found.items() for name, value in zip(names, values, strict=True)}
+    return {"chosen": names[best], "held_out": found["held_out"][best], **each}
+
+
+def _signs(method: Method, recipe: Recipe, world: World, consensus: Consensus) -> dict[str, float]:
+    """The share of binary weights that have another sign than in the networks that `init` loaded, in percent."""
+
+    def count() -> tuple[int, int]:
+        changed = compared = 0
+        for init in recipe.init if world.is_main else ():
+            try:
+                parts = checkpoint.parts_of(init)
+            except CheckpointError as error:  # no reason to end a run
+                raise DataError(str(error)) from None
+            for target, part in init.load.items():
+                both = weight_signs.changed(method.get_submodule(target), parts[part])
+                changed, compared = changed + both[0], compared + both[1]
+        return changed, compared
+
+    changed, compared = dist.gather_objects(_apart(count, consensus))[0]
+    if not compared:
+        raise NotMeasured("no entry of init has loaded a network with binary weights that trains")
+    return {"changed_signs": 100 * changed / compared, "binary_weights": compared}
+
+
 def _knn(
     config: EvalConfig,
     network: Network,
@@ -197,6 +260,101 @@ def _baselines(
             scores[f"{name}_{kind}"] = (_apart(answer, consensus) == query_label).sum()
     *percent, images_seen = _percent(torch.stack(list(scores.values())), len(query))
     return dict(sorted(zip(scores, percent, strict=True))) | {"measured": images_seen}
+
+
+def _detection(
+    config: EvalConfig,
+    method: Method,
+    recipe: Recipe,
+    indices: dict[str, Index],
+    world: World,
+    consensus: Consensus,
+    step: int | None,
+) -> dict[str, float]:
+    """Average precision of boxes in the pixels of the images as they are stored; the same for any number of ranks."""
+    index = indices["val"]
+    mine = _apart(lambda: _boxes(method, recipe.data, index, world, consensus), consensus)
+    found, images = (dist.gather_rows(rows.to(world.device)).cpu() for rows in mine)
+    found = found[found[:, 0].argsort(stable=True)]  # an image is on one rank, its boxes in order
+    images = images.sort().values
+    if step is not None and world.is_main:
+        paths = [index.path(row) for row in images.tolist()]
+        _keep(
+            recipe.folder / f"detections-{step}.npz",
+            {"detections": found, "images": images, "paths": paths, "classes": index.classes},
+        )
+    assert index.objects is not None  # refused at the start
+    truth = Objects(*index.objects.where(np.isin(index.objects.image, images.numpy())))
+    row, label, score, *_ = found.numpy().T
+    claimed = Detections(row.astype(np.int64), label.astype(np.int64), score, found[:, 3:].numpy())
+    scores = _apart(
+        lambda: detection_scores(claimed, truth, len(index.classes), mode=config.average_precision), consensus
+    )
+    of_class = {f"ap50/{name}": ap for name, ap in zip(index.classes, scores.of_class[:, 0], strict=True)}
+    percent = {"ap50": scores.ap50, "ap": scores.ap, "ap75": scores.ap75, **of_class}
+    return {name: 100 * float(ap) for name, ap in percent.items() if not math.isnan(ap)} | {
+        "measured": float(len(images))
+    }
+
+
+def _boxes(
+    method: Method, data: DataConfig, index: Index, world: World, consensus: Consensus
+) -> tuple[Tensor, Tensor]:
+    """What is found on this rank's share of an index, [n, 7] float64 with rows (row of the index, class, score, box in
+    pixels of the image as it is stored), and the rows [k] of the images that were looked at. On the host."""
+    found, images = [torch.zeros(0, 7, dtype=torch.float64)], [torch.zeros(0, dtype=torch.int64)]
+    for batch in _batches(data, index, None, world, consensus):
+        label = _labels(batch)
+        detections = method.detections(batch.views[0], label)
+        for row, of_image, size in zip(batch.rows.tolist(), detections, label[:, 0, 3:5].cpu(), strict=True):
+            scale = torch.tensor([index.width[row], index.height[row]], dtype=torch.float64) / size
+            first = torch.full((len(of_image), 1), row, dtype=torch.float64)
+            boxes = of_image.double().cpu()
+            found.append(torch.cat((first, boxes[:, :2], boxes[:, 2:] * scale.repeat(2)), dim=1))
+        images.append(batch.rows)
+    return torch.cat(found), torch.cat(images)
+
+
+@contextmanager
+def _precise(
+    count: int, method: Method, recipe: Recipe, indices: dict[str, Index], world: World, consensus: Consensus
+) -> Iterator[None]:
+    """BatchNorm with the statistics of `count` training micro-batches, if any. Each rank measures the same ones, so that
+    their number is nowhere in the statistics."""
+    if not count:
+        yield
+        return
+    data, zeros = recipe.data, {name: torch.zeros((), device=world.device) for name in recipe.method.schedules}
+    before = [buffer.clone() for buffer in method.buffers()]
+
+    def measure() -> None:
+        torch.manual_seed(recipe.seed)  # the next step seeds anew
+        place = world.place._replace(rank=0, world_size=1)
+        loader = loaders.open_train(data, indices["trained_on"], seed=recipe.seed, place=place)
+        try:
+            batches = itertools.takewhile(lambda _: not consensus.asked_to_stop, itertools.islice(loader, count))
+            reestimate(method, batches, lambda batch: method(batch.views, batch.label, zeros))
+        finally:
+            loader.close()
+
+    try:
+        _apart(measure, consensus)
+        dist.broadcast_buffers(method)  # two devices may round differently
+        yield
+    finally:
+        for buffer, old in zip(method.buffers(), before, strict=True):
+            buffer.copy_(old)
+
+
+def _keep(path: Path, columns: dict[str, Any]) -> None:
+    """Write what was detected: `detections` [n, 7] as of `_boxes`, rows and paths of the `images` that were looked at,
+    names of the `classes`. A full disk must not cost the run."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with aside(path) as out, open(out.part, "wb") as file:
+            np.savez(file, **{name: np.asarray(column) for name, column in columns.items()})
+    except OSError as error:
+        logger.warning(f"{path} cannot be written: {error.strerror}; training continues")
 
 
 def pixels(images: Tensor) -> Tensor:
@@ -366,13 +524,13 @@ def _features(
 
 def _batches(
     data: DataConfig, index: Index, rows: Sequence[int] | None, world: World, consensus: Consensus
-) -> Iterator[loaders.Batch]:
+) -> Iterator[Batch]:
     def is_over() -> bool:
         return consensus.asked_to_stop or consensus.ending is not None
 
     return features.batches(data, index, rows, world, is_over=is_over)
 
 
-def _labels(batch: loaders.Batch) -> Tensor:
+def _labels(batch: Batch) -> Tensor:
     assert batch.label is not None  # refused at the start
     return batch.label

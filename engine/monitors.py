@@ -29,8 +29,8 @@ class Monitors:
     | `outputs/entropy_of_mean` | entropy of their mean distribution |
     | `outputs/information` | the latter minus the former, 0 where all images get one answer |
 
-    Those of binary weights and of binary activations are there where the network has some. Ranges and alarms:
-    `docs/meters.md`.
+    The last three are there where the method has such outputs, those of binary weights and of binary activations where
+    the network has some. Ranges and alarms: `docs/meters.md`.
 
     Args:
         method: watched where its evaluated network trains; a frozen one (linear evaluation) gives nothing.
@@ -88,6 +88,8 @@ class Monitors:
             found["binary/dead_channels"] = torch.cat(dead).float().mean()
             found["binary/saturated_channels"] = torch.cat(saturated).float().mean()
         found["features/rank"] = effective_rank(features)
+        if outputs is None:
+            return found
         meters = collapse_meters(outputs, temperature=1.0)
         return {**found, **{f"outputs/{name}": meters[name] for name in ("entropy", "entropy_of_mean", "information")}}
 

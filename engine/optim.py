@@ -10,13 +10,14 @@ from torch import nn
 
 from engine.errors import RecipeError
 from engine.recipe import OptimConfig
+from models.methods import Method
 
 
 def build(config: OptimConfig, module: nn.Module) -> torch.optim.Optimizer:
     """The optimizer over everything in `module` that trains; learning rate and decay come with `apply`.
 
-    A group holds the parameters of equal `lr_scale` that are all decayed or all exempt from weight decay (and from
-    LARS's rates).
+    A group holds the parameters of equal factors on learning rate and weight decay that are all decayed or all exempt
+    from weight decay (and from LARS's rates).
 
     Raises:
         RecipeError: `lr_scale` names a part that the method does not have, or that does not train.
@@ -25,13 +26,21 @@ def build(config: OptimConfig, module: nn.Module) -> torch.optim.Optimizer:
     parts = {name.split(".", 1)[0] for name in trained}
     for part in set(config.lr_scale) - parts:
         raise RecipeError(f"optim.lr_scale.{part}: not a part that trains, expected one of {', '.join(sorted(parts))}")
-    members: dict[tuple[float, bool], list[str]] = {}
+    factors = module.factors if isinstance(module, Method) else {}
+    members: dict[tuple[float, float, bool], list[str]] = {}
     for name, parameter in trained.items():
-        scale = config.lr_scale.get(name.split(".", 1)[0], 1.0)
-        members.setdefault((scale, config.decay == "all" or is_weight(parameter)), []).append(name)
+        own = next((both for part, both in factors.items() if name.startswith(f"{part}.")), (1.0, 1.0))
+        scale = config.lr_scale.get(name.split(".", 1)[0], 1.0) * own[0]
+        members.setdefault((scale, own[1], config.decay == "all" or is_weight(parameter)), []).append(name)
     groups = [
-        {"params": [trained[name] for name in names], "names": names, "lr_scale": scale, "decayed": decayed}
-        for (scale, decayed), names in members.items()
+        {
+            "params": [trained[name] for name in names],
+            "names": names,
+            "lr_scale": scale,
+            "decay_scale": decay_scale,
+            "decayed": decayed,
+        }
+        for (scale, decay_scale, decayed), names in members.items()
     ]
     if config.name in ("lars", "larc"):
         return LARS(groups, momentum=config.momentum, trust=config.trust, rate_in_buffer=config.name == "lars")
@@ -156,7 +165,7 @@ def apply(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> N
     """Set this step's learning rate and weight decay."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
-        group["weight_decay"] = weight_decay if group["decayed"] else 0.0
+        group["weight_decay"] = weight_decay * group["decay_scale"] if group["decayed"] else 0.0
 
 
 def gradient_norm(parameters: Iterable[torch.Tensor]) -> torch.Tensor:

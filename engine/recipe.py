@@ -113,9 +113,10 @@ class RunConfig(Strict):
 class EvalConfig(Strict):
     """An evaluation during the run; its numbers are labeled online."""
 
-    kind: Literal["knn", "accuracy", "baselines"]
+    kind: Literal["knn", "accuracy", "baselines", "signs", "detection"]
     """`baselines`: what a logistic regression makes of raw pixels, of the same network at random and of the network,
-    and k-NN of raw pixels."""
+    and k-NN of raw pixels. `signs`: how many binary weights have another sign than in the network that `init` loaded;
+    it needs no images. `detection`: average precision of boxes by PASCAL VOC's rules."""
     every: PositiveDuration = "10%"
     at_start: bool = False
     """Also before the first step: what was learned is what comes on top."""
@@ -127,11 +128,36 @@ class EvalConfig(Strict):
     """Labeled images that it learns from, in any form that `data.train` has; by default `data.train` itself."""
     val: PathText | None = None
     """Labeled images that it measures on; by default `data.val`."""
+    split: Literal["val", "held_out"] = "val"
+    """`held_out`: it measures on the training images that `data.hold_out` keeps from training, to choose by."""
+
+    average_precision: Literal["eleven", "envelope"] = "eleven"
+    """Detection: of 11 points, as on VOC 2007, or the area under the monotone curve, as from VOC 2010 on."""
+    precise_bn: int = Field(default=0, ge=0)
+    """BatchNorm has the mean statistics of this many training micro-batches while it is evaluated; 0 leaves it the
+    running ones of training."""
+
+    @property
+    def needs_images(self) -> bool:
+        """Whether it measures on images."""
+        return self.kind != "signs"
 
     @property
     def needs_train(self) -> bool:
-        """Whether it learns from labeled images of its own, besides those that it measures on."""
-        return self.kind != "accuracy"
+        """Whether it looks at labeled images of its own, besides those that it measures on."""
+        return self.kind in ("knn", "baselines")
+
+    @model_validator(mode="after")
+    def _on_one_set(self) -> EvalConfig:
+        if self.split == "held_out" and (self.val is not None or not self.needs_images):
+            raise ValueError("split: held_out measures on training images, expected neither val nor kind: signs with it")
+        return self
+
+    @model_validator(mode="after")
+    def _runs_the_network(self) -> EvalConfig:
+        if self.precise_bn and not self.needs_images:
+            raise ValueError(f"precise_bn: expected with a kind that runs the network, got kind: {self.kind}")
+        return self
 
 
 class InitConfig(Strict):
@@ -140,6 +166,9 @@ class InitConfig(Strict):
     source: PathText = Field(alias="from")
     load: dict[str, str] = Field(min_length=1)
     """Part of this method -> part of the source; a list of names loads each under its own."""
+    drop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Modules of the loaded parts that the networks here do not have, such as `fc`: left out. One that the source does
+    not have, or that a network here has, is refused."""
 
     @field_validator("load", mode="before")
     @classmethod
@@ -171,6 +200,10 @@ class Recipe(Strict):
     def folder(self) -> Path:
         """The run folder."""
         return Path(self.run.folder) / self.name
+
+    def chooses(self, evaluation: EvalConfig) -> bool:
+        """Whether an evaluation first chooses one of the method's classifiers on held-out images."""
+        return evaluation.kind == "accuracy" and bool(self.method.choices)
 
     def dump(self) -> str:
         """The resolved recipe as YAML that `load` reads back to an equal recipe."""
@@ -340,8 +373,23 @@ def _cross_check(recipe: Recipe) -> dict[str, str]:
     for name in sorted(wanted - set(schedules)):
         wrong[f"schedules.{name}"] = f"missing, method {method.name} needs it"
     for number, evaluation in enumerate(recipe.evals):
-        if evaluation.kind == "accuracy" and method.classes is None:
+        if evaluation.needs_images and (evaluation.kind == "detection") != method.takes_boxes:
+            learns, expected = ("boxes", "detection") if method.takes_boxes else ("no boxes", "knn or accuracy")
+            wrong[f"evals.{number}.kind"] = f"method {method.name} learns {learns}, expected {expected}"
+        elif evaluation.kind == "accuracy" and method.classes is None:
             wrong[f"evals.{number}.kind"] = f"method {method.name} has no classifier to measure, expected knn"
+        if evaluation.split == "held_out" and recipe.data.hold_out is None:
+            wrong[f"evals.{number}.split"] = "no images are held out, expected data.hold_out beside it"
+    if method.choices and recipe.data.hold_out is None:
+        wrong["data.hold_out"] = f"expected a share such as 0.1: {len(method.choices)} classifiers are chosen from by it"
+    if method.choices and not any(map(recipe.chooses, recipe.evals)):
+        wrong["evals"] = f"expected one of kind accuracy, which chooses one of {len(method.choices)} classifiers"
+    if recipe.data.options.gives_boxes != method.takes_boxes:
+        fits = "with boxes" if method.takes_boxes else "with a class for each image"
+        wrong["data.backend"] = f"{recipe.data.backend} does not fit method {method.name}, expected a back end {fits}"
+    for key, (refused, why) in method.refuses.items():
+        if getattr(recipe.run, key) == refused:
+            wrong[f"run.{key}"] = f"method {method.name} cannot have {json.dumps(refused)}: {why}"
     for name in method.schedules:  # λ, momenta: each weighs one thing against another
         if name in schedules and max(schedules[name].start, schedules[name].end) > 1:
             wrong[f"schedules.{name}"] = "expected values from 0 to 1"

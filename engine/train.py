@@ -445,7 +445,7 @@ class Trainer:
             sets = sets_of(self.recipe, self._due_evals[0], self.indices)
             try:
                 with torch.compiler.set_stance("force_eager"):
-                    scores = evals.run(config, self.method, self.recipe, sets, self.world)
+                    scores = evals.run(config, self.method, self.recipe, sets, self.world, self.steps_done)
             except evals.NotMeasured as error:  # owed no longer: a resumed run would meet it again
                 scores = {}
                 if self.world.is_main:

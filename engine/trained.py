@@ -176,7 +176,10 @@ def _of_run(state: dict[str, Any], path: Path, part: str | None) -> Trained:
         raise CheckpointError(f"{path}: is of another network than its recipe: {said}") from None
     found = {name: child for name, child in method.named_children() if isinstance(child, Backbone)}
     if part is None:
-        backbone, classifier = method.deployed()
+        try:
+            backbone, classifier = method.deployed()
+        except ValueError as error:
+            raise CheckpointError(f"{path}: {error}") from None
         part = next(name for name, child in found.items() if child is method.evaluated)
     elif part in found:
         backbone, classifier = found[part], None

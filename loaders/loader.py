@@ -17,7 +17,7 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 import loaders
-from loaders import index_file, sources
+from loaders import index_file, sources, subsets
 from loaders.augment import augmenter
 from loaders.config import PathText, Request, Strict
 from loaders.contract import HostBatch, Options, Order, on_device
@@ -79,6 +79,9 @@ class DataConfig(Strict):
     `.index` file of `tools/make_index.py`."""
     val: PathText | None = None
     """The same for validation, with labels."""
+    hold_out: float | None = Field(default=None, gt=0, lt=1)
+    """This share of the training images of each class is held out (`loaders/subsets.py`): no step trains on them, and
+    evaluations with `split: held_out` measure on them. The draw is the same for every seed of a run."""
     labels: Literal["auto", "none"] | None = None
     """Of `train` and `val`. `none`: no image has a label, and nothing of the layout is taken for one. `auto`: labels as
     the layout has them. Not set, it is `auto`, but that a folder with both images and folders of images is refused."""
@@ -132,8 +135,8 @@ class DataConfig(Strict):
     def _consistent(self) -> DataConfig:
         if self.batch_size % self.micro_batch:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of micro_batch {self.micro_batch}")
-        if self.eval_view.crop == "random":
-            raise ValueError("eval_view: expected crop: center or whole, evaluations draw nothing")
+        if self.eval_view.crop != "center":
+            raise ValueError("eval_view: expected crop: center, evaluations draw nothing")
         return self
 
 
@@ -264,22 +267,24 @@ class Loader:
         self._batches = iter(())  # torch's DataLoader ends its workers when its iterator goes
 
 
-def open_data(config: DataConfig, split: Literal["train", "val"], *, for_labels: str = "") -> Index:
+def open_data(config: DataConfig, split: Literal["train", "held_out", "val"], *, for_labels: str = "") -> Index:
     """Index a split of the data set. Of scenes, those without objects are left out of training: they show no class.
 
     Args:
+        split: with `hold_out` the training images are two: those that train, and those that are held out.
         for_labels: what will use the labels, for the message where there are none; "" if nothing does.
 
     Raises:
         DataError: it is not named, missing, not laid out as expected, smaller than one training batch, or without
             labels though they are asked for.
     """
+    key: Literal["train", "val"] = "val" if split == "val" else "train"
     if not config.options.reads_files:
-        return config.options.open_index(split)
-    root = getattr(config, split)
+        return _part(config, split, config.options.open_index(key))
+    root = getattr(config, key)
     if not root:
-        raise DataError(f"data.{split}: not set; expected a folder of images, or what else data.{split} takes")
-    index = open_root(config, root, labels=config.labels, for_labels=for_labels)
+        raise DataError(f"data.{key}: not set; expected a folder of images, or what else data.{key} takes")
+    index = _part(config, split, open_root(config, root, labels=config.labels, for_labels=for_labels))
     if split == "train" and config.options.gives_boxes and index.objects is not None:
         shown = np.unique(index.objects.image)
         index = index if len(shown) == len(index) else index.take(shown)
@@ -289,6 +294,14 @@ def open_data(config: DataConfig, split: Literal["train", "val"], *, for_labels:
             "expected at least one batch"
         )
     return index
+
+
+def _part(config: DataConfig, split: str, index: Index) -> Index:
+    """What of an index belongs to a split."""
+    if split == "val" or config.hold_out is None:
+        return index
+    part = index.take(np.flatnonzero(subsets.held_out(index, config.hold_out) == (split == "held_out")))
+    return part if index.file is None else index_file.stored(part, None)  # mapped by all ranks of the machine
 
 
 def open_root(
@@ -305,12 +318,12 @@ def open_root(
         DataError: it is missing or not laid out as expected, or has no labels though they are asked for.
     """
     quarantine = Path(config.quarantine) if config.quarantine else None
-    request = Request(config.max_pixels, labels, asks_labels=bool(for_labels))
+    has_boxes = config.options.gives_boxes
+    request = Request(config.max_pixels, labels, asks_labels=bool(for_labels) or has_boxes)
     index = sources.open_index(Path(root), request, quarantine=quarantine)
-    if for_labels and config.options.gives_boxes:
-        if index.objects is None:
-            raise DataError(f"{root}: has no boxes, and {for_labels} needs them; expected {DEVKIT}")
-    elif for_labels and not index.is_labeled:
+    if has_boxes and index.objects is None:
+        raise DataError(f"{root}: has no boxes, which data.backend={config.backend} gives; expected {DEVKIT}")
+    if for_labels and not has_boxes and not index.is_labeled:
         one = f"is all of one class, {index.classes[0]!r}" if len(index.classes) == 1 else "has no labels"
         if index.objects is not None:
             one = "has several classes in an image"

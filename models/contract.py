@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, get_args
 
 import torch.nn.functional as F
@@ -26,6 +27,8 @@ class BackboneConfig(Strict):
     arch: Any
     only_in_training: ClassVar[tuple[str, ...]] = ()
     """Keys that say how the network learns, not what it computes."""
+    on_top: ClassVar[Mapping[str, str]] = {}
+    """Keys that put a module on top of the network -> that module: without it the rest computes the same."""
 
     @property
     def fusable(self) -> bool:
@@ -36,6 +39,12 @@ class BackboneConfig(Strict):
     def has_fc(self) -> bool:
         """Whether the features come after one more layer `fc` with its ReLU on the pooled map."""
         return False
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Pixels of the image between neighbors of each map that `Backbone.maps` gives, finest first, each twice the one
+        before; empty where a network gives none."""
+        return ()
 
     def check_side(self, side: int) -> None:
         """Refuse an image side in pixels that the network cannot take.
@@ -78,6 +87,27 @@ class Backbone(nn.Module):
     def layer(self, name: Layer, x: Tensor) -> Tensor:
         """Images [B, 3, H, W] to what one of `layers` makes of them [B, D]."""
         return self(x) if name == "features" else self.pooled(x) if name == "pooled" else windows(self.map(x))
+
+    @property
+    def map_channels(self) -> dict[int, int]:
+        """Stride -> channels of its map: they double as often as the map is halved, in both of our families."""
+        strides = self.config.strides
+        return {stride: self.out_channels * stride // strides[-1] for stride in strides}
+
+    def maps(self, x: Tensor, until: int | None = None) -> dict[int, Tensor]:
+        """Images [B, 3, H, W] to the last map of each resolution.
+
+        Args:
+            until: the coarsest stride that is wanted; nothing behind it is computed.
+
+        Returns:
+            Stride -> [B, `map_channels`, H/stride, W/stride].
+        """
+        raise NotImplementedError
+
+    def last_stage(self, x: Tensor) -> Tensor:
+        """What lies between the last but one of `maps` and the last, on any map: [B, C, H, W] to [B, 2C, H/2, W/2]."""
+        raise NotImplementedError
 
 
 def windows(last: Tensor) -> Tensor:

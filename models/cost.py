@@ -51,8 +51,8 @@ GPUS = {
 }
 
 
-def count(network: nn.Module, size: int) -> Cost:
-    """Count convolutions and linear layers for one image [1, 3, size, size].
+def count(network: nn.Module, size: int | tuple[int, int, int]) -> Cost:
+    """Count convolutions and linear layers for one image [1, 3, size, size], or one input [1, C, H, W] of that `size`.
 
     A convolution counts as binary when both its weights and its input are. The network must live on the
     meta device (build it under `torch.device("meta")`), so nothing is computed and no memory is taken.
@@ -74,7 +74,7 @@ def count(network: nn.Module, size: int) -> Cost:
     was_training = network.training
     try:
         with torch.no_grad():
-            network.eval()(torch.empty(1, 3, size, size, device="meta"))
+            network.eval()(torch.empty(1, *((3, size, size) if isinstance(size, int) else size), device="meta"))
     finally:
         network.train(was_training)
         for hook in hooks:

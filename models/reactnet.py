@@ -24,6 +24,7 @@ class Config(BackboneConfig):
     """A ReActNet-A in a recipe. Stage 1 is `weights: real`, stage 2 and single stage `weights: binary`."""
 
     only_in_training = ("estimator",)
+    on_top = {"pooled_mlp": "fc"}  # noqa: RUF012
     arch: Literal["reactnet"] = "reactnet"
     width: int = Field(default=32, ge=1)
     multiples: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=CHANNEL_MULTIPLES, min_length=2)
@@ -68,6 +69,11 @@ class Config(BackboneConfig):
     def halvings(self) -> int:
         """Blocks that halve the map: all that double the channels but the first."""
         return sum(b != a for a, b in pairwise(self.multiples[1:]))
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """One for each halving, and that of the stem."""
+        return tuple(self.stem_stride * 2**halved for halved in range(self.halvings + 1))
 
     @model_validator(mode="after")
     def _doubles(self) -> Config:
@@ -188,6 +194,8 @@ class ReActNet(Backbone):
         config: see `Config`. The default is the network of BURN: 29,368,192 parameters, features [B, 1024].
     """
 
+    config: Config
+
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
@@ -218,23 +226,54 @@ class ReActNet(Backbone):
         Raises:
             ValueError: an image side that does not divide down to the last map.
         """
+        return self._through(list(self.blocks), self._stem(x))
+
+    def maps(self, x: Tensor, until: int | None = None) -> dict[int, Tensor]:
+        """See `Backbone.maps`: in ReActNet-A 64, 128, 256, 512 and 1024 channels at strides 2 to 32.
+
+        Raises:
+            ValueError: an image side that does not divide down to the last map.
+        """
+        x, found = self._stem(x), {}
+        for stride, blocks in zip(self.config.strides, self._stages(), strict=True):
+            if until is None or stride <= until:
+                found[stride] = x = self._through(blocks, x)
+        return found
+
+    def last_stage(self, x: Tensor) -> Tensor:
+        """See `Backbone.last_stage`: from the last block that halves the map on."""
+        return self._through(self._stages()[-1], x)
+
+    def _stem(self, x: Tensor) -> Tensor:
         for side in x.shape[-2:]:
             self.config.check_side(side)
-        x = self.stem(x)
+        return self.stem(x)
+
+    def _stages(self) -> list[list[Any]]:
+        """The blocks of each stride."""
+        blocks: list[Any] = list(self.blocks)
+        starts = [0, *(number for number, block in enumerate(blocks) if block.stride == 2), len(blocks)]
+        return [blocks[first:last] for first, last in pairwise(starts)]
+
+    def _through(self, blocks: list[Any], x: Tensor) -> Tensor:
         if self.fused and self.config.fusable and self.training:
-            return self._fused(x)
-        for block in self.blocks:
+            return self._fused(blocks, x)
+        for block in blocks:
             x = block(x)
         return x
 
-    def _fused(self, x: Tensor) -> Tensor:
-        blocks: Any = list(self.blocks)
+    def _fused(self, blocks: list[Any], x: Tensor) -> Tensor:
         sign: Any = binarize_activation(blocks[0].shift1(x), self.config.estimator)
         weights = on_signs([group for block in blocks for group in ([block.conv3x3], [*block.conv1x1])], sign.dtype)
         for number, (block, after) in enumerate(zip(blocks, [*blocks[1:], None], strict=True)):
             threshold = after.shift1.bias.flatten() if after is not None else None
             x, sign = block.fused(x, sign, weights[2 * number : 2 * number + 2], threshold)
-        counters = [b for name, b in self.blocks.named_buffers() if name.endswith("num_batches_tracked")]
+        counters = [
+            buffer
+            for block in blocks
+            for name, buffer in block.named_buffers()
+            if name.endswith("num_batches_tracked")
+        ]
         torch._foreach_add_(counters, 1)
         return x
 

@@ -20,6 +20,11 @@ class Config(BackboneConfig):
     stem: Literal["imagenet", "small"] = "imagenet"
     """`small`: a 3x3 stem of stride 1 without max-pooling, for images of 32 to 64 pixels (SimCLR, appendix B.9)."""
 
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Of the four layers."""
+        return (4, 8, 16, 32) if self.stem == "imagenet" else (1, 2, 4, 8)
+
     def build(self) -> ResNet:
         """See `ResNet`."""
         return ResNet(self)
@@ -30,6 +35,8 @@ class ResNet(Backbone):
 
     Keys of `state_dict()` are torchvision's without `fc.*` (318 for ResNet-50), so that its files load as they are.
     """
+
+    config: Config
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -65,6 +72,18 @@ class ResNet(Backbone):
     def forward(self, x: Tensor) -> Tensor:
         """Images [B, 3, H, W] to features [B, 512 or 2048]."""
         return torch.flatten(self.map(x).mean(dim=(2, 3)), 1)
+
+    def maps(self, x: Tensor, until: int | None = None) -> dict[int, Tensor]:
+        """See `Backbone.maps`: what the four layers give."""
+        x, found = self.maxpool(self.relu(self.bn1(self.conv1(x)))), {}
+        for stride, layer in zip(self.config.strides, (self.layer1, self.layer2, self.layer3, self.layer4), strict=True):
+            if until is None or stride <= until:
+                found[stride] = x = layer(x)
+        return found
+
+    def last_stage(self, x: Tensor) -> Tensor:
+        """See `Backbone.last_stage`: `layer4`."""
+        return self.layer4(x)
 
 
 @torch.no_grad()

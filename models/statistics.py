@@ -1,41 +1,61 @@
-"""BatchNorm's running statistics, estimated anew."""
+"""BatchNorm's statistics, measured anew."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+from models.backbones import backbones_of
+
+T = TypeVar("T")
 
 
-def reestimate(network: nn.Module, batches: Iterable[Tensor]) -> None:
-    """Make running statistics of BatchNorm the mean of those of some batches, in place ("precise BatchNorm", Wu and
-    Johnson 2021, arXiv:2105.07576, section 3).
+@torch.no_grad()
+def reestimate(network: nn.Module, batches: Iterable[T], run: Callable[[T], Any] | None = None) -> None:
+    """Give every BatchNorm that trains the mean over some batches of their means and variances, in place of the running
+    averages of training, which lag behind the weights ("precise BN", Wu and Johnson 2021, section 3). A sign sits on its
+    threshold: stale statistics flip it.
 
-    Running averages lag behind weights that still move, and in a binary network signs sit on thresholds. All layers are
-    estimated in one pass, each on what comes through the batch statistics of those before it, as in training; modes,
-    momenta and all else stay as they were. Without a batch nothing changes.
+    Modes and momenta are restored; a BatchNorm that does not train (frozen, or without statistics) is left alone.
 
     Args:
-        batches: of images [B, 3, H, W], B at least 2.
+        batches: what the network is called with, one after the other.
+        run: calls the network with a batch otherwise than as `network(batch)`.
+
+    Raises:
+        ValueError: there are no batches; nothing has changed.
     """
+    batches = iter(batches)
+    try:
+        first = next(batches)
+    except StopIteration:
+        raise ValueError("BatchNorm cannot be measured: there are no batches") from None
+    modes = {module: module.training for module in network.modules()}
+    network.train()
     norms = [
         module
         for module in network.modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training and module.track_running_stats
     ]
-    kept = [(norm.momentum, norm.training) for norm in norms]
-    is_first = True
+    momenta = [norm.momentum for norm in norms]
+    # The fused form knows no mean over batches.
+    fused = [part for part in backbones_of(network).values() if part.fused]
     try:
-        with torch.no_grad():
-            for images in batches:
-                if is_first:
-                    for norm in norms:
-                        norm.reset_running_stats()
-                        norm.momentum = None  # the mean over all batches
-                        norm.training = True
-                    is_first = False
-                network(images)
+        for part in fused:
+            part.fused = False
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # PyTorch's name for the mean over all batches
+        for batch in itertools.chain([first], batches):
+            (run or network)(batch)
     finally:
-        for norm, (momentum, training) in zip(norms, kept, strict=True):
-            norm.momentum, norm.training = momentum, training
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        for part in fused:
+            part.fused = True
+        for module, mode in modes.items():
+            module.training = mode

@@ -6,11 +6,11 @@ signs on both sides and their results are whole numbers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.binary import BinaryConv2d, Estimator, weight_scale
 from models.precision import has_kernels
@@ -106,6 +106,24 @@ def _(weights: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         first.new_empty(sum(weight.numel() for weight in weights), dtype=dtype),
         first.new_empty(sum(len(weight) for weight in weights)),
     )
+
+
+def changed(module: nn.Module, before: Mapping[str, Tensor]) -> tuple[int, int]:
+    """How many binary weights of a module, of those that train, have another sign than they had.
+
+    Args:
+        before: an earlier state of it, under the same keys; it may have more, or lack some.
+
+    Returns:
+        Of how many the sign differs, and how many were compared.
+    """
+    differ = compared = 0
+    for name, part in module.named_modules():
+        key = f"{name}.weight"
+        if isinstance(part, BinaryConv2d) and part.weights == "binary" and part.weight.requires_grad and key in before:
+            differ += int((part.weight.detach().sign() != before[key].to(part.weight.device).sign()).sum())
+            compared += part.weight.numel()
+    return differ, compared
 
 
 def _in_memory(weight: Tensor) -> Tensor:

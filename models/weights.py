@@ -234,6 +234,11 @@ def _split(content: Any, path: Path) -> dict[str, State]:
     raise WeightsError(f"{path}: unknown layout, its first keys are {', '.join(list(state)[:3])}")
 
 
+def has(state: Mapping[str, Tensor], module: str) -> bool:
+    """Whether a part has tensors of a module of this name."""
+    return any(key.startswith(f"{module}.") for key in state)
+
+
 def load_part(module: nn.Module, state: State, *, part: str, path: Path) -> None:
     """Load one part strictly; a module on the meta device is only compared.
 

@@ -35,10 +35,12 @@ PRECISIONS = ("fp16", "bf16", "off")
 # ------------------------------------------------------------------------------------------------ the step
 
 
-# One of each method and number of views, in every precision, with and without the fused half-blocks of a student.
+# One of each method and number of views, in every precision, with and without the fused half-blocks of a student. A
+# method that takes boxes chooses among them by value, for which the host has to wait.
 STEPS = [
     (path, amp, kernels)
     for path, amp in itertools.product(of_each_method(), PRECISIONS)
+    if not tiny(path, ROOT).method.takes_boxes
     for kernels in ("torch", "fused")
     if kernels == "torch" or any(n.fusable for n in tiny(path, ROOT).method.networks.values())
 ]

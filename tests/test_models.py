@@ -431,7 +431,8 @@ def test_batch_norm_is_estimated_anew_from_batches_alone():
     network = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout()).double().eval()
     network[0].momentum = 0.3
     before = copy.deepcopy(network)
-    reestimate(network, [])
+    with pytest.raises(ValueError, match="no batches"):
+        reestimate(network, [])
     assert all(torch.equal(a, b) for a, b in zip(network.buffers(), before.buffers(), strict=True))
     batches = [torch.randn(size, 3).double() * 2 + 5 for size in (4, 8)]
     reestimate(network, iter(batches))

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from engine.results import chain
 from loaders import augment, machine
 from tests.loading import as_beton
 from tests.processes import tool
-from tests.runs import run, trainer_of
+from tests.runs import last_state, run, trainer_of
 from tests.tiny import ROOT, tiny, tiny_overrides
 
 FILES = ["data.backend=folder", "data.options={}", "data.workers=0"]
@@ -104,6 +105,30 @@ def test_a_network_that_trains_on_may_differ(stage1, tmp_path):
     assert recipe.method.student.weights == "binary"
     trainer_of(recipe)
     trainer_of(tiny("linear.yaml", tmp_path, init.replace("[student]", "{backbone: student}"), "method.trains=all"))
+
+
+@pytest.mark.parametrize("trains", ["all", "linear"])
+def test_drop_leaves_out_what_the_network_here_does_not_have(trains, stage1, tmp_path):
+    def probe(drop, *more):
+        init = f"init=[{{from: {stage1.folder}, load: {{backbone: student}}, drop: {drop}}}]"
+        more = (f"method.trains={trains}", "method.backbone.weights=real", *more)
+        return tiny("linear.yaml", tmp_path, init, *more)
+
+    below = "method.backbone.pooled_mlp=false"
+    network = trainer_of(probe("[fc]", below)).method.backbone
+    kept = network.state_dict()
+    assert kept and not any(key.startswith("fc") for key in kept)
+    source = last_state(stage1)["method"]
+    assert all(torch.equal(value, source[f"student.{key}"]) for key, value in kept.items())
+    for drop, more, expected in (
+        ("[]", [below], r"unexpected fc\.weight; unexpected fc\.bias"),
+        ("[fc, neck]", [below], "init.drop: no module 'neck' in student"),
+        ("[f]", [below], "unexpected fc"),
+        ("[fc]", [], "init.drop: backbone has 'fc' here"),
+        ("[fc, blocks]", [below], "init.drop: backbone has 'blocks' here"),
+    ):
+        said, listed = refusals(probe(drop, *more))
+        assert listed == [said] and re.search(expected, said)
 
 
 def test_several_differences_are_named_at_once(stage1, tmp_path):

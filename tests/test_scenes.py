@@ -37,7 +37,7 @@ both = pytest.mark.parametrize("data", ["scenes", "synthetic"], indirect=True)
 
 
 def index_of(data, split="train"):
-    return loaders.open_data(data, split, for_labels="this test")
+    return loaders.open_data(data, split)
 
 
 def train(data, count, **changes):
@@ -209,7 +209,7 @@ def test_who_stands_in_for_whom(kit, tree):
     assert of_crops["folder"] == "" and of_crops["scenes"] == "gives boxes"
     assert not loaders.load("scenes").Options.refuses(kit.with_name(f"{kit.name}#2007_test"))
     assert "expected splits of a PASCAL VOC" in loaders.load("scenes").Options.refuses(tree)
-    with pytest.raises(DataError, match="has no boxes, and this test needs them; expected splits of a PASCAL VOC"):
+    with pytest.raises(DataError, match="has no boxes, which data.backend=scenes gives; expected splits of a PASCAL VOC"):
         index_of(config("scenes", tree))
     on_noise = loaders.on_noise(scenes(kit), num_images=16, num_classes=3, side=40)
     assert on_noise.options.gives_boxes and take(open_train(on_noise), 1)[0].label.shape == (2, 2, 6)

@@ -494,6 +494,7 @@ OUTPUTS = {
     "make_index": (["{data}", "{out}.index"], "open_index"),
     "probe": (["net.pth", "--task", "knn", "--data", "{data}", "--out", "{folder}"], "open_trained"),
     "scan_images": (["{data}", "--report", "{folder}"], "open_index"),
+    "show_detections": (["{data}", "--out", "{out}.png"], "newest"),
     "show_views": (["{recipe}", "data.backend=synthetic", "--out", "{out}.png"], "views_of"),
     "train": (["{recipe}", "data.backend=synthetic", "--benchmark", "loader", "--json", "{out}.json"], "loader"),
     "train, figure": (["{recipe}", "data.backend=synthetic", "--benchmark", "step", "--figure", "{out}.png"], "step"),

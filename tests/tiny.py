@@ -51,6 +51,8 @@ def tiny_overrides(path: Path, folder: Path) -> list[str]:
             overrides.append(f"schedules.{name}.milestones={json.dumps(['1it'] * len(schedule.milestones))}")
     if content.evals:
         overrides += ["evals.0.every=3it", "evals.0.at_start=false"]
+        if content.evals[0].precise_bn:
+            overrides += ["evals.0.precise_bn=1"]
     return overrides
 
 

@@ -3,7 +3,7 @@
     python tools/show_views.py recipes/burn_stage1.yaml data.train=data/photos/train --out views.png
 
 Rows are images. For each view the first back end's pixels come first, then the others', then their difference from
-the first, amplified eight times (gray means none).
+the first, amplified eight times (gray means none). Scenes have their boxes, thin ones where an object is difficult.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import _root  # noqa: F401
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
+from torchvision.utils import draw_bounding_boxes
 
 import loaders
 from engine import recipe as recipes
@@ -30,11 +31,25 @@ def views_of(recipe: Recipe, backend: str, count: int) -> list[torch.Tensor]:
     """The first `count` images of the stream: V x uint8 [count, size, size, 3]."""
     sizes = {"batch_size": count, "micro_batch": count, "on_bad_image": "replace"}
     data = loaders.with_backend(recipe.data, backend, **sizes)
-    loader = loaders.open_train(data, loaders.open_data(data, "train"), seed=recipe.seed)
+    index = loaders.open_data(data, "train")
+    loader = loaders.open_train(data, index, seed=recipe.seed)
     try:
-        return [to_pixels(view, data.mean, data.std) for view in next(loader).views]
+        batch = next(loader)
     finally:
         loader.close()
+    views = [to_pixels(view, data.mean, data.std) for view in batch.views]
+    return [boxed(views[0], batch.label, index.classes)] if data.options.gives_boxes else views
+
+
+def boxed(pixels: torch.Tensor, label: torch.Tensor, classes: list[str]) -> torch.Tensor:
+    """Whole images, uint8 [B, H, W, 3], with the boxes of their `label`, [B, 1 + M, 6], drawn in; thin where difficult."""
+    for image, rows in zip(pixels, label, strict=True):
+        for is_difficult in (0, 1):
+            chosen = rows[(rows[:, 0] >= 0) & (rows[:, 5] == is_difficult)]
+            names = [classes[int(number)] for number in chosen[:, 0]]
+            drawn = draw_bounding_boxes(image.permute(2, 0, 1), chosen[:, 1:5], names, width=2 - is_difficult)
+            image.copy_(drawn.permute(1, 2, 0))
+    return pixels
 
 
 def sheet(pixels: dict[str, list[torch.Tensor]]) -> Image.Image:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import loaders
 from engine.dist import World
-from engine.errors import NotEqual
+from engine.errors import NotEqual, RecipeError
 from engine.log import logger
 from engine.recipe import Recipe
 from engine.train import Trainer
@@ -63,7 +63,16 @@ class Variant(NamedTuple):
 
 
 def variants(recipe: Recipe, device: torch.device) -> list[Variant]:
-    """The variants of a recipe on a device; `compile` and `channels_last` of the recipe itself do not matter."""
+    """The variants of a recipe on a device; `compile` and `channels_last` of the recipe itself do not matter.
+
+    Raises:
+        RecipeError: its steps have no one shape to be timed.
+    """
+    if recipe.method.takes_boxes:
+        raise RecipeError(
+            f"method.name: the steps of method {recipe.method.name} differ in the sizes of their images and in their "
+            "boxes; no benchmark times them, a run's images_per_second does"
+        )
     amp = recipe.run.amp if device.type == "cuda" else "off"
 
     def changed(**run: Any) -> Recipe:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from engine import checkpoint
 from engine import recipe as recipes
@@ -119,9 +119,10 @@ def probe_of(recipe: Recipe, probe: Recipe, *, layer: Literal["features", "poole
     return [f"method={method.model_dump_json()}", init_from((recipe.folder, load))]
 
 
-def init_from(*sources: tuple[Path | str, dict[str, str]]) -> str:
-    """An `init` override: from these run folders or files, part of the method -> part of the source."""
-    return "init=" + json.dumps([{"from": str(source), "load": load} for source, load in sources])
+def init_from(*sources: tuple[Any, ...]) -> str:
+    """An `init` override: from these run folders or files, part of the method -> part of the source, and what of it to
+    drop, if anything."""
+    return "init=" + json.dumps([dict(zip(("from", "load", "drop"), (str(s), *more))) for s, *more in sources])  # noqa: B905
 
 
 def evaluated_part(recipe: Recipe) -> str:

@@ -127,7 +127,7 @@ def chain(table: Table, row: Row, seed: int, path: Path, out: Path, extra: list[
         for entry in recipe.init:
             here = moved.get(str(Path(entry.source)))
             needs_teacher |= here == teacher
-            sources.append((here or entry.source, entry.load))
+            sources.append((here or entry.source, entry.load, entry.drop))
         steps = max(round(table.images / len(row.stages) / recipe.data.batch_size), 1)
         runs.append(
             Run(

@@ -30,6 +30,13 @@ class MethodConfig(Strict):
     get them. Like `num_views` a property where they depend on keys."""
     needs_labels: ClassVar[bool] = False
     """Whether `forward` uses the labels. Like `num_views` a property where it depends on keys."""
+    takes_boxes: ClassVar[bool] = False
+    """Whether `label` has the boxes of what is in each image instead of one class for each: float32 [B, 1 + M, 6] with
+    rows (class, x1, y1, x2, y2, difficult) in pixels of the padded image, row 0 the image itself with class -1 and its
+    true width and height as x2 and y2, missing rows with class -2. Only back ends with `gives_boxes` have them."""
+    refuses: ClassVar[Mapping[str, tuple[bool | str, str]]] = {}
+    """Key of the recipe's section `run` -> a value that the method cannot run with, and why. Like `num_views` a
+    property where it depends on keys."""
     name: str
 
     def build(self) -> Method:
@@ -43,8 +50,15 @@ class MethodConfig(Strict):
 
     @property
     def classes(self) -> int | None:
-        """Classes of the method's classifier, which the `accuracy` evaluation measures; None without one."""
+        """Classes of the method's classifier, which the `accuracy` evaluation measures, or of its boxes; None without
+        either."""
         return None
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """Names of the classifiers that train beside each other and one of which is chosen on held-out images; empty
+        where there is one classifier or none."""
+        return ()
 
     def check_classes(self, count: int) -> None:
         """Refuse a data set of `count` classes.
@@ -77,6 +91,8 @@ class Method(nn.Module):
     """How many views each backbone runs, None for all: for the cost that `--dry-run` prints."""
     moved_after_step: tuple[str, ...] = ()
     """Prefixes of the parameters and buffers that `after_step`, not the optimizer, changes."""
+    factors: Mapping[str, tuple[float, float]] = {}
+    """Module -> factors on the learning rate and on the weight decay of its parameters, 1 where none is named."""
     collapse: Mapping[str, tuple[float, str]] = {
         "outputs/information": (1e-4, "start gently: a lower schedules.lr.start or a longer schedules.lr.warmup")
     }
@@ -88,7 +104,8 @@ class Method(nn.Module):
 
         Args:
             views: tensors [B, 3, H, W], normalized, channels_last, in the precision of `run.amp`.
-            label: [B] int64, or None where the data set has no labels; ignored by the methods that learn without.
+            label: [B] int64, or None where the data set has no labels; ignored by the methods that learn without. For a
+                config that `takes_boxes` they are those.
             values: the scheduled scalars of this step as 0-d tensors on the device.
 
         Returns:
@@ -102,13 +119,35 @@ class Method(nn.Module):
     def after_step(self, values: dict[str, float]) -> None:
         """Move what the optimizer does not: momentum networks and queues. Once per optimizer step."""
 
-    def outputs(self, features: Tensor) -> Tensor:
+    def outputs(self, features: Tensor) -> Tensor | None:
         """Features [B, D] of `evaluated` to the logits [B, C] that the loss compares as a distribution, over their
-        temperature: what the monitors measure the collapse of."""
+        temperature: what the monitors measure the collapse of. None where the loss compares nothing of a whole image."""
         raise NotImplementedError
 
     def logits(self, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] to class scores [B, classes]; only where the config has `classes`."""
+        """Images [B, 3, H, W] to class scores [B, classes]; only where the config has `classes` of images. Of several
+        `choices` those of the chosen one, or of the first before that."""
+        raise NotImplementedError
+
+    def candidates(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] to the class scores of each of the config's `choices` [K, B, classes]."""
+        raise NotImplementedError
+
+    def choose(self, number: int) -> None:
+        """Which of the config's `choices` answers from now on, in `logits` and once deployed."""
+        raise NotImplementedError
+
+    def detections(self, images: Tensor, label: Tensor) -> list[Tensor]:
+        """What is found in each image; only where the config `takes_boxes`.
+
+        Args:
+            images: [B, 3, H, W], padded.
+            label: [B, 1 + M, 6], of which the true sizes are used and nothing else.
+
+        Returns:
+            For each image [n, 6] with rows (class, score, x1, y1, x2, y2) in pixels of the image, by falling score;
+            it depends on that image alone, not on those beside it.
+        """
         raise NotImplementedError
 
     def features(self, images: Tensor) -> Tensor:
@@ -122,7 +161,11 @@ class Method(nn.Module):
         raise NotImplementedError
 
     def deployed(self) -> tuple[nn.Module, nn.Module | None]:
-        """What is used after training: the network up to what a classifier sees, and the classifier, if it has one."""
+        """What is used after training: the network up to what a classifier sees, and the classifier, if it has one.
+
+        Raises:
+            ValueError: none of the `choices` has been chosen yet.
+        """
         return self.evaluated, None
 
 

@@ -6,7 +6,7 @@ With a `teacher` the labels give way to its soft targets, as in ReActNet's own t
 from __future__ import annotations
 
 import copy
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,9 @@ from models.contract import BackboneConfig
 from models.losses import soft_cross_entropy
 from models.methods import Method, MethodConfig
 from models.precision import at_least_float32
+
+Factor = Annotated[float, Field(gt=0)]
+Decay = Annotated[float, Field(ge=0)]
 
 
 class Config(MethodConfig):
@@ -37,6 +40,12 @@ class Config(MethodConfig):
     linear probing (He et al. 2022, appendix A.1). One learning rate then serves networks whose features differ in scale
     by powers of ten, as those of small binary networks do."""
 
+    rates: tuple[Factor, ...] = ()
+    """`linear`, `pre-fc`: train a classifier for each of these factors on `schedules.lr` in one pass, every one as if it
+    trained alone; `accuracy` evaluations choose the one that does best on the images of `data.hold_out`."""
+    decays: tuple[Decay, ...] = ()
+    """The same for factors on `schedules.weight_decay`: a classifier for each pair of a rate and a decay."""
+
     teacher: backbones.Config | None = None
     """A frozen, trained network with classifier whose answers at temperature 1 replace the labels."""
 
@@ -47,9 +56,13 @@ class Config(MethodConfig):
         return self
 
     @model_validator(mode="after")
-    def _standardizes_what_is_frozen(self) -> Config:
-        if self.standardize and self.trains not in ("linear", "pre-fc"):
-            raise ValueError(f"standardize: expected with trains: linear or pre-fc only, got trains: {self.trains}")
+    def _of_what_is_frozen(self) -> Config:
+        for key in ("standardize", "rates", "decays"):
+            value = getattr(self, key)
+            if value and self.trains not in ("linear", "pre-fc"):
+                raise ValueError(f"{key}: expected with trains: linear or pre-fc only, got trains: {self.trains}")
+            if isinstance(value, tuple) and len(set(value)) < len(value):
+                raise ValueError(f"{key}: expected different factors, got {list(value)}")
         return self
 
     def build(self) -> Classify:
@@ -65,6 +78,22 @@ class Config(MethodConfig):
     def classes(self) -> int:
         """As the recipe says."""
         return self.num_classes
+
+    @property
+    def grid(self) -> dict[str, tuple[float, float]]:
+        """Name of each classifier -> its factors on learning rate and weight decay; empty for a single one."""
+        if not self.rates and not self.decays:
+            return {}
+        return {
+            f"lr{rate:g}" + (f"_wd{decay:g}" if self.decays else ""): (rate, decay)
+            for rate in self.rates or (1.0,)
+            for decay in self.decays or (1.0,)
+        }
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """One for each rate and decay."""
+        return tuple(self.grid)
 
     def check_classes(self, count: int) -> None:
         """Every label needs an output, and every output a label."""
@@ -86,6 +115,42 @@ class Config(MethodConfig):
         return self
 
 
+class Choices(nn.Module):
+    """Equal linear classifiers of the same features that train beside each other, and the one of them that answers.
+
+    Args:
+        norm: what the features go through first, the same for all.
+        linear: each begins as a copy of it.
+        count: K.
+    """
+
+    chosen: Tensor
+    """0-d int64, -1 before any has been chosen: the first then answers."""
+
+    def __init__(self, norm: nn.Module, linear: nn.Linear, count: int) -> None:
+        super().__init__()
+        self.norm = norm
+        self.each = nn.ModuleList(copy.deepcopy(linear) for _ in range(count))
+        self.register_buffer("chosen", torch.tensor(-1))
+
+    def all(self, features: Tensor) -> Tensor:
+        """Features [B, D] to the class scores of each [K, B, C]."""
+        features = self.norm(features)
+        return torch.stack([linear(features) for linear in self.each])
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Features [B, D] to the class scores of the chosen one [B, C]."""
+        return self.all(features).index_select(0, self.chosen.clamp(min=0).view(1)).squeeze(0)  # waits for no device
+
+    def alone(self) -> nn.Module:
+        """The chosen one as what it would be by itself."""
+        number = int(self.chosen)
+        if number < 0:
+            raise ValueError("none of its classifiers has been chosen yet: that is done by an evaluation of accuracy")
+        linear = self.each[number]
+        return linear if isinstance(self.norm, nn.Identity) else nn.Sequential(self.norm, linear)
+
+
 class Classify(Method):
     """Cross-entropy of a linear layer on the features; what is frozen stays in evaluation mode."""
 
@@ -98,9 +163,11 @@ class Classify(Method):
         linear = nn.Linear(self.backbone.out_channels, config.num_classes)
         nn.init.normal_(linear.weight, std=0.01)  # as BURN's linear head
         nn.init.zeros_(linear.bias)
-        self.classifier: nn.Module = linear
-        if config.standardize:
-            self.classifier = nn.Sequential(nn.BatchNorm1d(linear.in_features, affine=False), linear)
+        norm = nn.BatchNorm1d(linear.in_features, affine=False) if config.standardize else nn.Identity()
+        self.classifier: nn.Module = nn.Sequential(norm, linear) if config.standardize else linear
+        if config.grid:
+            self.classifier = Choices(norm, linear, len(config.grid))
+            self.factors = {f"classifier.each.{n}": factors for n, factors in enumerate(config.grid.values())}
         if config.teacher is not None:
             self.teacher = backbones.frozen(config.teacher, folds=True)
             self.teacher_classifier = nn.Linear(self.teacher.out_channels, config.num_classes).requires_grad_(False)
@@ -135,8 +202,26 @@ class Classify(Method):
         """Images [B, 3, H, W] to class scores [B, num_classes]."""
         return self.classifier(self.features(images))
 
+    def candidates(self, images: Tensor) -> Tensor:
+        """See `Method.candidates`."""
+        assert isinstance(self.classifier, Choices)
+        return self.classifier.all(self.features(images))
+
+    def choose(self, number: int) -> None:
+        """See `Method.choose`."""
+        assert isinstance(self.classifier, Choices)
+        self.classifier.chosen.fill_(number)
+
     def forward(self, views: list[Tensor], label: Tensor | None, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """One view [B, 3, H, W] and labels [B] to the cross-entropy; with a teacher there need not be any."""
+        """One view [B, 3, H, W] and labels [B] to the cross-entropy; with a teacher there need not be any. Of several
+        classifiers to the sum of theirs, of which each moves by its own alone, and to the best training accuracy."""
+        if isinstance(self.classifier, Choices):
+            assert label is not None
+            scores = at_least_float32(self.candidates(views[0]))  # [K, B, C]
+            losses = torch.stack([F.cross_entropy(logits, label) for logits in scores])
+            hits = (scores.detach().argmax(dim=2) == label).float().mean(dim=1)
+            each = {f"loss/{name}": loss for name, loss in zip(self.config.choices, losses.detach(), strict=True)}
+            return {"loss": losses.sum(), "train_top1": hits.max(), **each}
         logits = at_least_float32(self.logits(views[0]))
         known = {} if label is None else {"train_top1": (logits.detach().argmax(dim=1) == label).float().mean()}
         if self.config.teacher is None:
@@ -156,9 +241,14 @@ class Classify(Method):
         return self.backbone
 
     def deployed(self) -> tuple[nn.Module, nn.Module]:
-        """The backbone, without `fc` where that is not looked at, and the classifier."""
+        """The backbone, without `fc` where that is not looked at, and the classifier, of several the chosen one.
+
+        Raises:
+            ValueError: none has been chosen yet.
+        """
+        classifier = self.classifier.alone() if isinstance(self.classifier, Choices) else self.classifier
         if self.config.trains != "pre-fc":
-            return self.backbone, self.classifier
+            return self.backbone, classifier
         backbone = copy.deepcopy(self.backbone)
         backbone.fc = None
-        return backbone, self.classifier
+        return backbone, classifier
