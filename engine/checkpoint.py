@@ -249,7 +249,9 @@ def _take(module: nn.Module, config: MethodConfig, init: InitConfig, content: An
         state, dropped = parts[part], [name for name in init.drop if weights.has(parts[part], name)]
         for name in dropped:
             if weights.has(children[target].state_dict(), name):
-                raise CheckpointError(f"{path}: init.drop: {target} has '{name}' here, expected a module that it has not")
+                raise CheckpointError(
+                    f"{path}: init.drop: {target} has '{name}' here, expected a module that it has not"
+                )
             state = {key: value for key, value in state.items() if not key.startswith(f"{name}.")}
         unmatched = [name for name in unmatched if name not in dropped]
         weights.load_part(children[target], state, part=part, path=path)

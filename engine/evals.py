@@ -23,6 +23,7 @@ from engine.errors import CheckpointError, EngineError, first_line
 from engine.features import Network, Part
 from engine.log import logger
 from engine.recipe import EvalConfig, Recipe
+from engine.ridge import ridge
 from loaders import Batch, DataConfig, DataError, Index, LoaderError
 from loaders.files import aside
 from models import weight_signs
@@ -82,7 +83,8 @@ def run(
             if config.kind == "detection":
                 return _detection(config, method, recipe, indices, world, consensus, step)
             chosen = _choose(method, recipe, indices, world, consensus) if recipe.chooses(config) else {}
-            return {**measure(config, method.logits, method.evaluated, recipe.data, indices, world), **chosen}
+            network = pixels if config.pixels else method.features
+            return {**measure(config, method.logits, network, recipe.data, indices, world), **chosen}
     except _Cut:
         return None
     finally:
@@ -223,12 +225,21 @@ def _knn(
     world: World,
     consensus: Consensus,
 ) -> dict[str, float]:
+    """What nothing has to be trained for: k-NN, or a linear classifier in closed form."""
     train = indices["train"]
     rows = _bank(config.bank, train)
     bank, bank_label, query, query_label = _bank_and_query(network, rows, data, indices, world, consensus)
+    if config.center:
+        mean = bank.double().mean(dim=0).to(bank.dtype)
+        bank, query = bank - mean, query - mean
     # Every rank classifies its own share of the validation images against the whole bank.
     predicted = _apart(
-        lambda: knn(bank, bank_label, query, len(train.classes), config.neighbors, config.temperature), consensus
+        lambda: (
+            ridge(bank, bank_label, query, len(train.classes))
+            if config.kind == "ridge"
+            else knn(bank, bank_label, query, len(train.classes), config.neighbors, config.temperature)
+        ),
+        consensus,
     )
     hit = predicted == query_label
     top1, images_seen = _percent(hit.sum()[None], len(query))
@@ -297,9 +308,7 @@ def _detection(
     }
 
 
-def _boxes(
-    method: Method, data: DataConfig, index: Index, world: World, consensus: Consensus
-) -> tuple[Tensor, Tensor]:
+def _boxes(method: Method, data: DataConfig, index: Index, world: World, consensus: Consensus) -> tuple[Tensor, Tensor]:
     """What is found on this rank's share of an index, [n, 7] float64 with rows (row of the index, class, score, box in
     pixels of the image as it is stored), and the rows [k] of the images that were looked at. On the host."""
     found, images = [torch.zeros(0, 7, dtype=torch.float64)], [torch.zeros(0, dtype=torch.int64)]

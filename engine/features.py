@@ -1,7 +1,7 @@
 """What a frozen network makes of images: the one extraction for k-NN, probes and embeddings, and a cache of it.
 
-    features = extract(trained, data_of(trained, ["data.val=photos"]), index, layer="pooled", cache=Path("runs/x"))
-    features.array  # float32 [N, D], in the order of the index for any number of ranks
+features = extract(trained, data_of(trained, ["data.val=photos"]), index, layer="pooled", cache=Path("runs/x"))
+features.array  # float32 [N, D], in the order of the index for any number of ranks
 """
 
 from __future__ import annotations
@@ -97,7 +97,9 @@ class Features:
             array, rows, names, label = (got[name] for name in ("features", "rows", "names", "label"))
             classes, images, of = tuple(map(str, got["classes"])), int(got["images"]), json.loads(str(got["of"]))
             kinds = [(array, "f4"), (rows, "i8"), (label, "i8"), (names, "U")]
-            if any(item.dtype.str.lstrip("<|=")[: len(kind)] != kind for item, kind in kinds) or not isinstance(of, dict):
+            if any(item.dtype.str.lstrip("<|=")[: len(kind)] != kind for item, kind in kinds) or not isinstance(
+                of, dict
+            ):
                 raise ValueError("its arrays are of other types")
             if array.ndim != 2 or any(item.shape != (len(array),) for item in (rows, names, label)):
                 raise ValueError("its arrays do not fit together")

@@ -113,8 +113,10 @@ class RunConfig(Strict):
 class EvalConfig(Strict):
     """An evaluation during the run; its numbers are labeled online."""
 
-    kind: Literal["knn", "accuracy", "baselines", "signs", "detection"]
-    """`baselines`: what a logistic regression makes of raw pixels, of the same network at random and of the network,
+    kind: Literal["knn", "ridge", "accuracy", "baselines", "signs", "detection"]
+    """`knn`, `ridge`: what a classifier would see, by its nearest neighbors or by a linear classifier in closed form
+    (`engine/ridge.py`). `baselines`: what a logistic regression makes of raw pixels, of the same network at random and
+    of the network,
     and k-NN of raw pixels. `signs`: how many binary weights have another sign than in the network that `init` loaded;
     it needs no images. `detection`: average precision of boxes by PASCAL VOC's rules."""
     every: PositiveDuration = "10%"
@@ -123,7 +125,11 @@ class EvalConfig(Strict):
     neighbors: int = Field(default=20, ge=1)
     temperature: float = Field(default=0.07, gt=0)
     bank: int = Field(default=50_000, ge=1)
-    """k-NN, baselines: at most this many training images, evenly spaced over the index."""
+    """k-NN, ridge, baselines: at most this many training images, evenly spaced over the index."""
+    center: bool = False
+    """k-NN: subtract the mean of the training features first, which all cosines have in common otherwise."""
+    pixels: bool = False
+    """k-NN, ridge: of raw pixels in place of features, what any network has to beat."""
     train: PathText | None = None
     """Labeled images that it learns from, in any form that `data.train` has; by default `data.train` itself."""
     val: PathText | None = None
@@ -144,13 +150,22 @@ class EvalConfig(Strict):
 
     @property
     def needs_train(self) -> bool:
-        """Whether it looks at labeled images of its own, besides those that it measures on."""
-        return self.kind in ("knn", "baselines")
+        """Whether it learns from labeled images of its own, besides those that it measures on."""
+        return self.kind in ("knn", "ridge", "baselines")
+
+    @model_validator(mode="after")
+    def _of_features(self) -> EvalConfig:
+        for key, kinds in (("center", ("knn",)), ("pixels", ("knn", "ridge"))):
+            if getattr(self, key) and self.kind not in kinds:
+                raise ValueError(f"{key}: expected with kind: {' or '.join(kinds)} only, got kind: {self.kind}")
+        return self
 
     @model_validator(mode="after")
     def _on_one_set(self) -> EvalConfig:
         if self.split == "held_out" and (self.val is not None or not self.needs_images):
-            raise ValueError("split: held_out measures on training images, expected neither val nor kind: signs with it")
+            raise ValueError(
+                "split: held_out measures on training images, expected neither val nor kind: signs with it"
+            )
         return self
 
     @model_validator(mode="after")
@@ -381,7 +396,9 @@ def _cross_check(recipe: Recipe) -> dict[str, str]:
         if evaluation.split == "held_out" and recipe.data.hold_out is None:
             wrong[f"evals.{number}.split"] = "no images are held out, expected data.hold_out beside it"
     if method.choices and recipe.data.hold_out is None:
-        wrong["data.hold_out"] = f"expected a share such as 0.1: {len(method.choices)} classifiers are chosen from by it"
+        wrong["data.hold_out"] = (
+            f"expected a share such as 0.1: {len(method.choices)} classifiers are chosen from by it"
+        )
     if method.choices and not any(map(recipe.chooses, recipe.evals)):
         wrong["evals"] = f"expected one of kind accuracy, which chooses one of {len(method.choices)} classifiers"
     if recipe.data.options.gives_boxes != method.takes_boxes:

@@ -163,9 +163,7 @@ def draw_images(targets: Targets, rows: NDArray[np.int64], shots: int, sample: i
     Args, Returns, Raises:
         As `draw`.
     """
-    found = [
-        _first(targets, rows, number, 1, shots, 1024 * sample + shots, seed) for number in range(targets.shape[1])
-    ]
+    found = [_first(targets, rows, number, 1, shots, 1024 * sample + shots, seed) for number in range(targets.shape[1])]
     drawn, used = np.full_like(targets, UNUSED), np.unique(np.concatenate(found))
     drawn[used] = targets[used] == 1
     return drawn
@@ -207,7 +205,9 @@ def read_draw(folder: Path, targets: Targets, shots: int, sample: int) -> Target
     try:
         found = np.load(path, allow_pickle=False)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}; expected a published low-shot file") from None
+        raise DataError(
+            f"{path}: cannot be read: {error.strerror or error}; expected a published low-shot file"
+        ) from None
     except ValueError as error:
         raise DataError(f"{path}: is no array of numbers: {error}") from None
     if not isinstance(found, np.ndarray) or found.shape != targets.shape or found.dtype.kind not in "iu":
@@ -358,7 +358,6 @@ def low_shot_units(data: str, draws: dict[tuple[int, int], Targets], costs: Sequ
 
 
 # ------------------------------------------------------------------------------------------------ results
-
 
 
 class Protocol(NamedTuple):

@@ -36,10 +36,10 @@ from engine.features import Features, data_of
 from engine.log import duration, to_console
 from engine.provenance import environment
 from engine.recipe import Recipe
-from engine.results.chain import Chain, Run, init_from, probe_of
+from engine.results.chain import Run, baselines, init_from, network_of, probe_of
 from engine.results.figures import pyplot, score_bars
 from engine.results.runs import curve, final, metrics, write_json
-from engine.results.scores import Outcome, Score, mean_std, table
+from engine.results.scores import Score, mean_std, table
 from engine.trained import open_trained
 from loaders import DataError
 from loaders.augment import to_pixels
@@ -49,6 +49,22 @@ from loaders.sources import open_index
 
 RECIPES = _root.ROOT / "recipes" / "quick"
 STAGES = ("stage 1", "stage 2")
+
+
+class Probed(NamedTuple):
+    """A run, and the linear evaluation of its network."""
+
+    title: str
+    run: Run
+    probe: Run
+
+
+class Outcome(NamedTuple):
+    """What they gave, in percent."""
+
+    linear: float
+    knn: float
+    baselines: dict[str, float]
 
 
 class Demo:
@@ -65,18 +81,18 @@ class Demo:
         place = [f"run.folder={self.out / folder}", f"name={name}", f"seed={seed}"]
         return Run(RECIPES / f"{recipe_name}.yaml", [*place, *overrides])
 
-    def chain(self, title: str, run: Run) -> Chain:
+    def chain(self, title: str, run: Run) -> Probed:
         """A run and the linear evaluation of its network."""
         recipe = run.recipe()
-        overrides = probe_of(recipe, recipes.load(RECIPES / "linear.yaml"), layer="features")
+        overrides = probe_of(network_of(recipe), recipes.load(RECIPES / "linear.yaml"), layer="features")
         probe = self.run_of("linear", recipe.folder.parent.name, f"linear_{recipe.name}", recipe.seed, *overrides)
-        return Chain(title, recipe.seed, [run, probe], needs_teacher=False)
+        return Probed(title, run, probe)
 
-    def teacher(self) -> Chain:
+    def teacher(self) -> Probed:
         """The floating-point teacher."""
         return self.chain("floating-point teacher (MoCo v2)", self.run_of("moco", "teacher", "moco", 0))
 
-    def students(self, teacher: Recipe, seed: int) -> dict[str, Chain]:
+    def students(self, teacher: Recipe, seed: int) -> dict[str, Probed]:
         """The random baseline and both BURN stages of one seed."""
         folder = f"seed{seed}"
         extractor = (teacher.folder, {"teacher": "backbone"})
@@ -95,19 +111,19 @@ class Demo:
             ),
         }
 
-    def run(self, chain: Chain) -> Outcome:
-        """Run what is left of a chain in this process."""
-        before = self.started
-
-        def start(run: Run, recipe: Recipe, number: int) -> None:
-            what = "linear evaluation of " if number == len(chain.runs) else ""
-            print(f"\n=== {before + number} of {self.total}: {what}{chain.name} ({recipe.folder})", flush=True)
+    def run(self, chain: Probed) -> Outcome:
+        """Run what is left of both in this process."""
+        for run, what in ((chain.run, ""), (chain.probe, "linear evaluation of ")):
+            self.started += 1
+            recipe = run.recipe()
+            if run.is_done():
+                continue
+            print(f"\n=== {self.started} of {self.total}: {what}{chain.title} ({recipe.folder})", flush=True)
             started = time.perf_counter()
             train.run(recipe, resume=True)
             self.seconds += time.perf_counter() - started
-
-        self.started += len(chain.runs)
-        return chain.run(start)
+        trained, probe = chain.run.recipe().folder, chain.probe.recipe().folder
+        return Outcome(final(probe, "accuracy"), final(trained, "knn"), baselines(probe))
 
 
 def sample_views(recipe: Recipe, count: int = 12) -> list[Tensor]:
@@ -263,7 +279,7 @@ def run_demo(out: Path, seeds: int, json: Path | None) -> None:
     started = time.perf_counter()
     demo = Demo(out, seeds)
     chain = demo.teacher()
-    teacher = chain.runs[0].recipe()
+    teacher = chain.run.recipe()
     teacher_outcome = demo.run(chain)
     chains = [demo.students(teacher, seed) for seed in range(seeds)]
     outcomes = [{name: demo.run(chain) for name, chain in of_seed.items()} for of_seed in chains]
@@ -272,14 +288,14 @@ def run_demo(out: Path, seeds: int, json: Path | None) -> None:
         "stage 1": "BURN stage 1 (binary activations)",
         "stage 2": "BURN stage 2 (all binary)",
     }
-    stage2 = chains[0]["stage 2"].runs[0].recipe()
+    stage2 = chains[0]["stage 2"].run.recipe()
     scores = [Score(name, [of_seed[key].linear for of_seed in outcomes]) for key, name in names.items()]
     scores.append(Score("floating-point teacher", [teacher_outcome.linear]))
     scores += [
         Score("raw pixels, k-NN", [teacher_outcome.baselines["pixels_knn"]]),
         Score("raw pixels, logistic regression", [teacher_outcome.baselines["pixels_top1"]]),
     ]
-    folders = {name: chains[0][name].runs[0].recipe().folder for name in STAGES}
+    folders = {name: chains[0][name].run.recipe().folder for name in STAGES}
     width = stage2.method.networks["student"].model_dump()["width"]
     heading = f"BURN on scikit-learn's digits: ReActNet-A x{width / 32:g}, {seeds} seed(s)"
     figure = out / "report.png"
@@ -293,7 +309,7 @@ def run_demo(out: Path, seeds: int, json: Path | None) -> None:
         f"![curves](report.png)\n\nCurves are those of seed 0. Recipes: `recipes/quick/`. {elapsed}.\n",
         encoding="utf-8",
     )
-    packed = pack(chains[0]["stage 2"].runs[-1].recipe(), out / "stage2.bnn")
+    packed = pack(chains[0]["stage 2"].probe.recipe(), out / "stage2.bnn")
     if json:
         record = {
             "title": heading,
@@ -304,7 +320,7 @@ def run_demo(out: Path, seeds: int, json: Path | None) -> None:
                 **{name: [of_seed[name].knn for of_seed in outcomes] for name in STAGES},
             },
             "seconds_in_this_call": round(demo.seconds),
-            "recipes": {"teacher": teacher.hash, **{name: chains[0][name].runs[0].recipe().hash for name in names}},
+            "recipes": {"teacher": teacher.hash, **{name: chains[0][name].run.recipe().hash for name in names}},
             "environment": environment(),
         }
         write_json(record, json)

@@ -1,20 +1,23 @@
-"""Recipes that run one after the other, each from what the last one learned, and a linear evaluation at the end."""
+"""Recipes that run one after the other, each from what the last one learned, and what is measured of the result."""
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import yaml
+
 from engine import checkpoint
 from engine import recipe as recipes
-from engine.errors import KNOWN, RecipeError, first_line
+from engine.errors import KNOWN, CheckpointError, RecipeError, first_line
 from engine.preflight import look
 from engine.recipe import Recipe
-from engine.results.runs import final, metrics
-from engine.results.scores import Outcome
-from models import methods
+from engine.results.runs import metrics
+from models import backbones, methods, weights
+from models.contract import BackboneConfig
 
 
 class Run(NamedTuple):
@@ -22,10 +25,14 @@ class Run(NamedTuple):
 
     path: Path
     overrides: list[str]
+    tasks: tuple[str, ...] = ()
+    """Names of the tasks that it answers; none of one that trains the network."""
+    cell: int | None = None
+    """Of a grid, which point it tries; None of a run whose scores are results."""
 
     def recipe(self) -> Recipe:
         """The resolved recipe."""
-        return recipes.load(self.path, self.overrides)
+        return _resolved(self.path, tuple(self.overrides))
 
     def is_done(self) -> bool:
         """Whether it has reached its end with exactly this recipe."""
@@ -40,54 +47,72 @@ class Run(NamedTuple):
         return state["step"] == state["total_steps"] and not state.get("due_evals")
 
 
+@functools.lru_cache(maxsize=4096)
+def _resolved(path: Path, overrides: tuple[str, ...]) -> Recipe:
+    """A chain asks for the same recipes again and again; a file that is changed meanwhile counts at the next start."""
+    return recipes.load(path, overrides)
+
+
 class Chain(NamedTuple):
-    """All runs of one row and seed, in order; the last one is the linear evaluation."""
+    """All runs of one row and seed, in order."""
 
     name: str
-    seed: int
-    runs: list[Run]
-    needs_teacher: bool
+    seed: int | str
+    """A number; of the runs that choose a rate `rates`."""
+    make: Callable[[], Iterator[Run]]
+    """The runs. Each has ended when the next is asked for, which may depend on its scores; where it has not been run, a
+    choice is the first cell of its grid."""
+    needs: tuple[tuple[str, int | str], ...] = ()
+    """(name, seed) of the chains that must have ended before."""
 
-    def run(self, start: Callable[[Run, Recipe, int], None]) -> Outcome:
+    @property
+    def key(self) -> tuple[str, int | str]:
+        """What tells it from others."""
+        return self.name, self.seed
+
+    @property
+    def title(self) -> str:
+        """For people."""
+        return f"{self.name}, {self.seed if isinstance(self.seed, str) else f'seed {self.seed}'}"
+
+    def run(self, start: Callable[[Run, Recipe, int], None]) -> None:
         """Run what is not done yet.
 
         Args:
             start: called with each such run, its recipe and its number from 1; returns when it has ended.
         """
-        for number, run in enumerate(self.runs, 1):
+        for number, run in enumerate(self.make(), 1):
             if not run.is_done():
                 start(run, run.recipe(), number)
-        return self.outcome()
 
-    def outcome(self) -> Outcome:
-        """What the finished runs gave, from their own files."""
-        *pretraining, probe = [run.recipe() for run in self.runs]
-        last = [[row for row in metrics(recipe.folder) if "seconds" in row][-1] for recipe in pretraining]
-        return Outcome(
-            linear=final(probe.folder, "accuracy"),
-            knn=final(pretraining[-1].folder, "knn"),
-            images=sum(row["images"] for row in last),
-            seconds=round(sum(row["seconds"] for row in last), 1),
-            monitors={name: value for name, value in last[-1].items() if "/" in name},
-            recipes=[recipe.hash for recipe in (*pretraining, probe)],
-            baselines=_baselines(probe.folder),
-        )
+    def is_done(self) -> bool:
+        """Whether all of its runs are."""
+        return all(run.is_done() for run in self.make())
 
 
-def check(chains: Iterable[Chain]) -> None:
-    """See that every run of these chains would start, before the first does.
+def check(chains: Iterable[Chain], wanted: Callable[[Run], Iterable[str]] = lambda _: ()) -> None:
+    """See that every run of these chains would start, before the first does; of a grid, that of its first cell, and that
+    the others are recipes.
+
+    Args:
+        wanted: run -> kinds of evaluations whose scores are read from it.
 
     Raises:
         RecipeError: names the row, the recipe and all that is missing or would be refused.
     """
-    runs = [(chain, number, run, run.recipe()) for chain in chains for number, run in enumerate(chain.runs)]
+    runs = [(chain, run, run.recipe()) for chain in chains for run in chain.make()]
     planned = {str(recipe.folder): recipe for *_, recipe in runs}
-    for chain, number, run, recipe in runs:
+    for chain, run, recipe in runs:
+        if run.cell:
+            continue
         problems, said, _ = look(recipe, resumes=True)
         lacking = {problem.key: str(problem) for problem in problems}
-        kind = {2: "knn", 1: "accuracy"}.get(len(chain.runs) - number)  # what `outcome` reads
-        if kind and kind not in [evaluation.kind for evaluation in recipe.evals]:
-            said.append(f"evals: expected one of kind {kind}, whose score is what is asked for")
+        kinds = [evaluation.kind for evaluation in recipe.evals]
+        said += [
+            f"evals: expected one of kind {kind}, whose score is what is asked for"
+            for kind in wanted(run)
+            if kind not in kinds
+        ]
         for place, init in enumerate(recipe.init):
             key, source = f"init.{place}.from", planned.get(init.source)
             if source is not None and key in lacking:
@@ -100,23 +125,78 @@ def check(chains: Iterable[Chain]) -> None:
             raise RecipeError(f"{chain.name}: {run.path}: {'; '.join(wrong)}")
 
 
-def _baselines(folder: Path) -> dict[str, float]:
+def forwards(recipe: Recipe) -> int:
+    """Views of one image that the network which is evaluated runs in training: what an image costs of a budget."""
+    return len(recipe.data.views[: methods.on_meta(recipe.method).views_per_backbone])
+
+
+def baselines(folder: Path) -> dict[str, float]:
+    """What the last evaluation `baselines` of a run found."""
     found = [row for row in metrics(folder) if row.get("evaluation") == "baselines"]
     return {name: value for name, value in found[-1].items() if name.endswith(("_top1", "_knn"))} if found else {}
 
 
-def probe_of(recipe: Recipe, probe: Recipe, *, layer: Literal["features", "pooled"]) -> list[str]:
-    """Overrides that point a linear evaluation at the network that a run trains.
+class Network(NamedTuple):
+    """A trained network, or one that will be."""
+
+    source: Path | str | None
+    """Run folder or file; None of one that needs no weights of its own."""
+    part: str
+    config: BackboneConfig
+
+
+def network_of(recipe: Recipe) -> Network:
+    """The network that a run trains and evaluates."""
+    part = evaluated_part(recipe)
+    return Network(recipe.folder, part, recipe.method.networks[part])
+
+
+def network_at(path: Path, part: str | None) -> Network:
+    """The network in a run folder, a checkpoint or a weight file.
 
     Args:
-        recipe: of the run.
-        probe: of the linear evaluation.
+        part: by default what the run evaluates, or the file's first network.
+
+    Raises:
+        CheckpointError: there is no such file or part.
+        models.weights.WeightsError: a file of an unknown layout or network.
+    """
+    file = checkpoint.complete(path) if path.is_dir() else path
+    if not file.is_file():
+        raise CheckpointError(f"{path}: no such file or run folder")
+    if checkpoint.is_named(file):
+        recipe = recipes.resolve(yaml.safe_load(checkpoint.load(file)["recipe"]), file)
+        known = recipe.method.networks
+        chosen = part or evaluated_part(recipe)
+    else:
+        parts = {
+            name: state
+            for name, state in weights.split(weights.read_file(file), file).items()
+            if backbones.is_backbone(state)
+        }
+        chosen = part or next(iter(parts), "")
+        try:
+            known = {name: backbones.recognized(state) for name, state in parts.items()}
+        except ValueError as error:
+            raise weights.WeightsError(f"{file}: {error}") from None
+    if chosen not in known:
+        raise CheckpointError(f"{file}: has no network '{chosen}', expected one of {', '.join(known)}")
+    return Network(path, chosen, known[chosen])
+
+
+def probe_of(network: Network, probe: Recipe, *, layer: Literal["features", "pooled"]) -> list[str]:
+    """Overrides that point an evaluation which trains at a network.
+
+    Args:
+        probe: of the evaluation: a linear one, or a fine-tuning.
         layer: what it looks at: the network's features, or the pooled map below them.
     """
-    part = evaluated_part(recipe)
-    method = probe.method.probing(recipe.method.networks[part], layer)
-    load = dict.fromkeys(method.networks, part)
-    return [f"method={method.model_dump_json()}", init_from((recipe.folder, load))]
+    method = probe.method.probing(network.config, layer)
+    sources = []
+    if network.source is not None:
+        dropped = ["fc"] if network.config.has_fc and not all(own.has_fc for own in method.networks.values()) else []
+        sources = [(network.source, dict.fromkeys(method.networks, network.part), *([dropped] if dropped else []))]
+    return [f"method={method.model_dump_json()}", init_from(*sources)]
 
 
 def init_from(*sources: tuple[Any, ...]) -> str:

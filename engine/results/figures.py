@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from engine.bench.step import Result
 from engine.errors import RecipeError
 from engine.results.runs import metrics
-from engine.results.scores import Entry, mean_std
+from engine.results.scores import Difference, Entry, mean_std
 
 
 def pyplot() -> Any:
@@ -37,7 +37,7 @@ def score_bars(
     places: Sequence[float],
     scores: Sequence[Sequence[float]],
     *,
-    color: str,
+    color: str | list[str],
     height: float = 0.8,
     label: str | None = None,
 ) -> None:
@@ -59,47 +59,50 @@ def score_bars(
     axis.set_xlim(0, 100)
 
 
-def draw_comparison(out: Path, title: str, entries: Sequence[Entry], curves: dict[str, list[Path]]) -> None:
-    """Draw a table of methods: scores, the paper's beside ours, and two monitors over training.
+def draw_comparison(
+    out: Path,
+    title: str,
+    entries: Sequence[Entry],
+    tasks: Sequence[str],
+    pairs: Sequence[Difference],
+    curves: dict[str, list[Path]],
+) -> None:
+    """Draw a table of methods: the scores of each task, differences of pairs with their intervals, and two monitors over
+    training.
 
     Args:
         out: PNG file.
         title: heading.
         entries: rows, in their order.
+        tasks: names, in their order.
+        pairs: differences, of all tasks.
         curves: row -> run folders of its stages for one seed.
     """
     plt = pyplot()
-    figure, axes = plt.subplots(2, 2, figsize=(15, 10), layout="constrained")
+    panels = [task for task in tasks if any(entry.scores(task) for entry in entries)]
+    has_paper = any(entry.paper is not None and entry.scores(task) for entry in entries for task in panels[:1])
+    count = len(panels) + bool(pairs) + has_paper + 2
+    columns = min(count, 3)
+    height = 1.2 + 0.3 * max(len(entries), len(pairs))
+    lines = -(-count // columns)
+    figure, grid = plt.subplots(lines, columns, figsize=(6.5 * columns, max(height, 4.0) * lines), layout="constrained")
     figure.suptitle(title, fontsize=14)
-    bars, versus, flips, rank = axes.flat
-    places = list(range(len(entries)))[::-1]
-    linear, knn = [entry.linear for entry in entries], [entry.knn for entry in entries]
-    for shift, scores, label, color in ((0.2, linear, "linear", "tab:blue"), (-0.2, knn, "k-NN", "tab:orange")):
-        score_bars(bars, [place + shift for place in places], scores, height=0.38, color=color, label=label)
-    bars.set_yticks(places, [entry.name for entry in entries])
-    bars.set(title="top-1 % on held-out images")
-    bars.legend(loc="lower right", fontsize=8)
-
-    for entry in entries:
-        if entry.paper is None:
-            continue
-        ours = entry.linear
-        error = statistics.stdev(ours) if len(ours) > 1 else 0.0
-        mark = "s" if entry.ablation else "o"
-        color = "tab:gray" if entry.ablation else "tab:blue"
-        versus.errorbar(entry.paper, statistics.fmean(ours), error, fmt=mark, color=color, capsize=3)
-        place: Any = {"xytext": (6, -10), "textcoords": "offset points", "fontsize": 8}
-        if entry.ablation:
-            place |= {"xytext": (-6, 4), "ha": "right"}
-        versus.annotate(entry.name, (entry.paper, statistics.fmean(ours)), **place)
-    versus.margins(x=0.2, y=0.15)
-    versus.set_ylim(top=min(versus.get_ylim()[1], 100.5))
-    versus.set(title="against the paper (squares: ablation)", xlabel="paper, ImageNet linear top-1 %")
-    versus.set(ylabel="here, linear top-1 %")
-
+    axes = list(grid.flat)
+    for axis, task in zip(axes, panels, strict=False):
+        shown = [entry for entry in entries if entry.scores(task)]
+        places = list(range(len(shown)))[::-1]
+        colors = ["tab:gray" if entry.ablation else "tab:blue" for entry in shown]
+        score_bars(axis, places, [list(entry.scores(task).values()) for entry in shown], color=colors)
+        axis.set_yticks(places, [entry.name for entry in shown])
+        axis.set(title=f"{task}, %")
+    rest = axes[len(panels) :]
+    if pairs:
+        _draw_pairs(rest.pop(0), pairs)
+    if has_paper:
+        _draw_against_paper(rest.pop(0), entries, panels[0])
     for number, (name, folders) in enumerate(curves.items()):
         style = {"color": f"C{number % 10}", "linestyle": "-" if number < 10 else "--", "linewidth": 1.2}
-        for axis, monitor in ((flips, "binary/sign_flips"), (rank, "features/rank")):
+        for axis, monitor in zip(rest, ("binary/sign_flips", "features/rank"), strict=False):
             start, label = 0.0, name
             for folder in folders:
                 rows = metrics(folder)
@@ -108,10 +111,13 @@ def draw_comparison(out: Path, title: str, entries: Sequence[Entry], curves: dic
                     axis.plot(images, [row[monitor] for row in found], label=label, **style)
                     label = "_"  # matplotlib's for none
                 start += max((row["images"] for row in rows), default=0)
+    flips, rank, *unused = rest
     flips.set(title="share of weight signs flipped between two logs", xlabel="images", yscale="log")
     rank.set(title="effective rank of the features (RankMe)", xlabel="images", ylim=(0, None))
-    if flips.lines:
-        flips.legend(fontsize=7)
+    if rank.lines:
+        rank.legend(fontsize=7)
+    for axis in unused:
+        axis.set_axis_off()
     figure.savefig(out, dpi=100)
     plt.close(figure)
 
@@ -142,6 +148,38 @@ def draw_neighbors(
             spine.set(color=color, linewidth=1 if color == "black" else 2.5)
     figure.savefig(out, dpi=110, format="png")
     plt.close(figure)
+
+
+def _draw_pairs(axis: Any, pairs: Sequence[Difference]) -> None:
+    places = list(range(len(pairs)))[::-1]
+    for place, pair in zip(places, pairs, strict=True):
+        low, high = pair.interval or (pair.mean, pair.mean)
+        axis.errorbar(
+            pair.mean, place, xerr=[[pair.mean - low], [high - pair.mean]], fmt="o", color="tab:blue", capsize=3
+        )
+        axis.plot(pair.values, [place] * len(pair.values), "|", color="tab:gray", markersize=8)
+    axis.axvline(0, color="black", linewidth=0.8)
+    axis.set_yticks(places, [f"{pair.name}: {pair.task}" for pair in pairs], fontsize=8)
+    axis.margins(y=0.1)
+    axis.set(title="paired differences, 95 % interval", xlabel="points")
+
+
+def _draw_against_paper(axis: Any, entries: Sequence[Entry], task: str) -> None:
+    for entry in entries:
+        ours = list(entry.scores(task).values())
+        if entry.paper is None or not ours:
+            continue
+        error = statistics.stdev(ours) if len(ours) > 1 else 0.0
+        mark, color = ("s", "tab:gray") if entry.ablation else ("o", "tab:blue")
+        axis.errorbar(entry.paper, statistics.fmean(ours), error, fmt=mark, color=color, capsize=3)
+        place: Any = {"xytext": (6, -10), "textcoords": "offset points", "fontsize": 8}
+        if entry.ablation:
+            place |= {"xytext": (-6, 4), "ha": "right"}
+        axis.annotate(entry.name, (entry.paper, statistics.fmean(ours)), **place)
+    axis.margins(x=0.2, y=0.15)
+    axis.set_ylim(top=min(axis.get_ylim()[1], 100.5))
+    axis.set(title="against the paper (squares: ablation)", xlabel="paper, ImageNet linear top-1 %")
+    axis.set(ylabel=f"here, {task}, %")
 
 
 def draw_phases(result: Result, out: Path) -> None:

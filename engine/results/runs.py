@@ -9,6 +9,7 @@ from typing import Any
 
 from engine.errors import RecipeError
 from engine.log import row_of
+from engine.recipe import Recipe
 from loaders.files import aside
 
 
@@ -28,6 +29,23 @@ def final(folder: Path, evaluation: str, name: str = "top1") -> float:
     if not scores:
         raise RecipeError(f"{folder / 'metrics.jsonl'}: no {name} of {evaluation}, expected that one of evals has run")
     return scores[-1]
+
+
+def evaluation(recipe: Recipe, number: int) -> dict[str, Any]:
+    """The numbers of evaluation `number` of a recipe at the end of its run.
+
+    Raises:
+        RecipeError: it could not be measured.
+    """
+    rows = [row for row in metrics(recipe.folder) if "evaluation" in row]
+    ends = [row for row in rows if row["step"] == rows[-1]["step"]]
+    kinds = [evaluation.kind for evaluation in recipe.evals]
+    if [row["evaluation"] for row in ends] != kinds:
+        raise RecipeError(
+            f"{recipe.folder / 'metrics.jsonl'}: expected numbers of {', '.join(kinds)} at its end; "
+            f"{recipe.folder / 'output.txt'} says why there are none"
+        )
+    return ends[number]
 
 
 def curve(folder: Path, name: str, evaluation: str | None = None) -> tuple[list[float], list[float]]:

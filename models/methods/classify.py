@@ -101,7 +101,10 @@ class Config(MethodConfig):
             raise ValueError(f"the recipe expects method.num_classes={self.num_classes}")
 
     def probing(self, network: BackboneConfig, layer: Literal["features", "pooled"]) -> MethodConfig:
-        """The classifier alone trains, on the chosen layer."""
+        """The classifier alone trains, on the chosen layer; with `trains: all` all of the network up to there does."""
+        if self.trains == "all":
+            top = {key: False for key, module in network.on_top.items() if module == "fc"} if layer == "pooled" else {}
+            return self.model_copy(update={"backbone": network.model_copy(update=top)})
         trains: str = "linear" if self.trains == "pre-fc" else self.trains
         if layer == "pooled" and network.has_fc:
             trains = "pre-fc"
