@@ -311,16 +311,16 @@ def test_any_numbers_of_neighbors_in_one_pass_are_those_of_one_each():
 
 @pytest.fixture(scope="module")
 def network(tmp_path_factory):
-    """A run of a tiny network."""
-    recipe = tiny("quick/supervised.yaml", tmp_path_factory.mktemp("run") / "net", "run.duration=2it", "evals=[]")
+    """A run of a floating-point network: its features do not depend on how images share batches."""
+    recipe = tiny("quick/moco.yaml", tmp_path_factory.mktemp("run") / "net", "run.duration=1it", "evals=[]")
     run(recipe)
     return recipe.folder
 
 
 @pytest.fixture(scope="module")
-def kit(tmp_path_factory):
+def scenes(tmp_path_factory):
     """Scenes in VOC's layout."""
-    root = tmp_path_factory.mktemp("kit") / "scenes"
+    root = tmp_path_factory.mktemp("scenes") / "kit"
     tool("make_images").make("digit_scenes", root, limit=100)
     return root
 
@@ -336,12 +336,12 @@ def probe(*arguments):
     return left.value.code
 
 
-def test_a_probe_that_was_killed_goes_on_to_the_same_results(network, kit, tmp_path, monkeypatch, capsys):
-    arguments = [network, "--task", "lowshot", "svm", "--data", f"{kit}#2007", "--shots", 1, 2, 200,
+def test_a_probe_that_was_killed_goes_on_to_the_same_results(network, scenes, tmp_path, monkeypatch, capsys):
+    arguments = [network, "--task", "lowshot", "svm", "--data", f"{scenes}#2007", "--shots", 1, 2, 200,
                  "--costs", 1, 0.01, "--jobs", 1]  # fmt: skip
     assert probe(*arguments, "--out", tmp_path / "whole") == 0
     said = capsys.readouterr()
-    assert f"--shots 200: left out, {kit}#2007_trainval: " in said.err and "## Low-shot SVM" in said.out
+    assert f"--shots 200: left out, {scenes}#2007_trainval: " in said.err and "## Low-shot SVM" in said.out
     result = json.loads((tmp_path / "whole/probe.json").read_text())
     found = result["networks"][str(network)]
     assert found["svm"]["layer"] == "map" and found["svm"]["images"] == [100, 25] and len(found["svm"]["ap"]) == 10
@@ -374,12 +374,12 @@ def test_a_probe_that_was_killed_goes_on_to_the_same_results(network, kit, tmp_p
     assert {path.name for path in (tmp_path / "whole").iterdir() if path.suffix != ".npz"} == names
 
 
-def test_files_of_draws_take_the_place_of_our_own(network, kit, tmp_path, capsys):
-    targets = voc.read(f"{kit}#2007_trainval").targets
+def test_files_of_draws_take_the_place_of_our_own(network, scenes, tmp_path, capsys):
+    targets = voc.read(f"{scenes}#2007_trainval").targets
     for sample in range(5):
         np.save(tmp_path / f"train_targets_sample{sample + 1}_k1.npy", svm.draw(targets, np.arange(100), 1, sample))
     for out, more in (("ours", []), ("files", ["--samples", tmp_path])):
-        arguments = [network, "--task", "lowshot", "--data", f"{kit}#2007", "--shots", 1, "--costs", 1, "--jobs", 1]
+        arguments = [network, "--task", "lowshot", "--data", f"{scenes}#2007", "--shots", 1, "--costs", 1, "--jobs", 1]
         assert probe(*arguments, *more, "--out", tmp_path / out) == 0
     ours, files = (json.loads((tmp_path / out / "probe.json").read_text()) for out in ("ours", "files"))
     assert ours["networks"] == files["networks"] and ours["protocol"] != files["protocol"]
@@ -426,30 +426,30 @@ def test_features_of_two_ranks_give_the_same_results(network, folders, tmp_path)
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["knn", "--data", "{kit}#2007"], "--task knn: expected one class for each image, {kit}#2007_trainval has several"),
-        (["svm", "--data", "{kit}#2012"], "VOC2012/ImageSets/Main/trainval.txt: no such file"),
-        (["svm", "--data", "{kit}"], "--data: expected data/VOCdevkit#2007, a folder with train and val in it"),
-        (["lowshot", "--data", "{kit}#2007", "--shots", "300"], "too few for --shots 300"),
-        (["svm", "--data", "train={kit}#2007_trainval", "val={folders}/val"], "its 3 classes differ from the 10 of"),
-        (["svm", "--data", "{kit}#2007", "--costs", "-1"], "--costs: expected different numbers above 0, got -1"),
-        (["lowshot", "--data", "{kit}#2007", "--shots", "2", "2"], "--shots: expected different numbers above 0"),
-        (["svm", "--data", "{kit}#2007", "--check", "torchvision", "--costs", "1"], "--check: expected one source"),
-        (["lowshot", "--data", "{kit}#2007", "--protocol", "pcl", "--samples", "x"], "--samples: published files are of"),
+        (["knn", "--data", "{scenes}#2007"], "--task knn: expected one class for each image, {scenes}#2007_trainval has several"),
+        (["svm", "--data", "{scenes}#2012"], "VOC2012/ImageSets/Main/trainval.txt: no such file"),
+        (["svm", "--data", "{scenes}"], "--data: expected data/VOCdevkit#2007, a folder with train and val in it"),
+        (["lowshot", "--data", "{scenes}#2007", "--shots", "300"], "too few for --shots 300"),
+        (["svm", "--data", "train={scenes}#2007_trainval", "val={folders}/val"], "its 3 classes differ from the 10 of"),
+        (["svm", "--data", "{scenes}#2007", "--costs", "-1"], "--costs: expected different numbers above 0, got -1"),
+        (["lowshot", "--data", "{scenes}#2007", "--shots", "2", "2"], "--shots: expected different numbers above 0"),
+        (["svm", "--data", "{scenes}#2007", "--check", "torchvision", "--costs", "1"], "--check: expected one source"),
+        (["lowshot", "--data", "{scenes}#2007", "--protocol", "pcl", "--samples", "x"], "--samples: published files are of"),
     ],
 )
 def test_what_cannot_be_measured_is_one_line_before_any_feature(
-    arguments, said, network, kit, folders, tmp_path, monkeypatch, capsys
+    arguments, said, network, scenes, folders, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(tool("probe"), "extract", lambda *_, **__: pytest.fail("extracted"))
-    words = [word.format(kit=kit, folders=folders) for word in arguments]
+    words = [word.format(scenes=scenes, folders=folders) for word in arguments]
     assert probe(network, "--out", tmp_path / "out", "--task", *words) == 2
-    assert said.format(kit=kit, folders=folders) in capsys.readouterr().err.splitlines()[-1]
+    assert said.format(scenes=scenes, folders=folders) in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_a_split_file_that_is_missing_or_a_class_that_is_empty_is_named(network, kit, tmp_path, monkeypatch, capsys):
+def test_a_split_file_that_is_missing_or_a_class_that_is_empty_is_named(network, scenes, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tool("probe"), "extract", lambda *_, **__: pytest.fail("extracted"))
-    copy = tmp_path / "kit"
-    shutil.copytree(kit, copy)
+    copy = tmp_path / "scenes"
+    shutil.copytree(scenes, copy)
     path = next((copy / "VOC2007/ImageSets/Main").glob("*_trainval.txt"))
     path.write_text(path.read_text().replace(" 1\n", "-1\n"))
     assert probe(network, "--out", tmp_path / "out", "--task", "svm", "--data", f"{copy}#2007") == 2
@@ -460,10 +460,10 @@ def test_a_split_file_that_is_missing_or_a_class_that_is_empty_is_named(network,
     assert capsys.readouterr().err.count(name) >= 1
 
 
-def test_svms_without_scikit_learn_are_one_line(network, kit, tmp_path, monkeypatch, capsys):
+def test_svms_without_scikit_learn_are_one_line(network, scenes, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "sklearn.svm", None)
     monkeypatch.setattr(tool("probe"), "open_trained", lambda *_, **__: pytest.fail("opened"))
-    assert probe(network, "--out", tmp_path / "out", "--task", "svm", "--data", f"{kit}#2007") == 2
+    assert probe(network, "--out", tmp_path / "out", "--task", "svm", "--data", f"{scenes}#2007") == 2
     said = capsys.readouterr().err
     assert "scikit-learn, which fits the SVMs, is missing" in said and "pip install 'scikit-learn>=1.4'" in said
     assert said.count("\n") == 1 and not list(tmp_path.iterdir())
