@@ -395,12 +395,8 @@ def _cross_check(recipe: Recipe) -> dict[str, str]:
             wrong[f"evals.{number}.kind"] = f"method {method.name} has no classifier to measure, expected knn"
         if evaluation.split == "held_out" and recipe.data.hold_out is None:
             wrong[f"evals.{number}.split"] = "no images are held out, expected data.hold_out beside it"
-    if method.choices and recipe.data.hold_out is None:
-        wrong["data.hold_out"] = (
-            f"expected a share such as 0.1: {len(method.choices)} classifiers are chosen from by it"
-        )
-    if method.choices and not any(map(recipe.chooses, recipe.evals)):
-        wrong["evals"] = f"expected one of kind accuracy, which chooses one of {len(method.choices)} classifiers"
+        if recipe.chooses(evaluation) and recipe.data.hold_out is None:
+            wrong["data.hold_out"] = f"expected a share such as 0.1, to choose one of {len(method.choices)} classifiers by"
     if recipe.data.options.gives_boxes != method.takes_boxes:
         fits = "with boxes" if method.takes_boxes else "with a class for each image"
         wrong["data.backend"] = f"{recipe.data.backend} does not fit method {method.name}, expected a back end {fits}"

@@ -72,6 +72,17 @@ def pickled(protocol=2):
     return files
 
 
+def hundred(**changes):
+    """CIFAR-100 in its binary layout: a coarse and a fine label before the pixels."""
+    files = {"test.bin": 5, "train.bin": 9, "fine_label_names.txt": 0}
+    for name, count in files.items():
+        labels = np.stack((np.full(count, 7), 99 - 11 * np.arange(count)), axis=1).astype(np.uint8)
+        images = pixels(count, 900 + count)[1] if count else np.zeros((0, 3072), dtype=np.uint8)
+        files[name] = np.concatenate((labels, images), axis=1).tobytes()
+    files["fine_label_names.txt"] = "".join(f"thing_{number:02d}\n" for number in range(100)).encode()
+    return {f"cifar-100-binary/{name}": content for name, content in {**files, **changes}.items() if content}
+
+
 def tree(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
@@ -111,6 +122,16 @@ def test_cifar10_keeps_its_pixels(files, tmp_path):
             assert np.array_equal(np.array(Image.open(tmp_path / "exact" / f"{place}.png")), image)
             near = np.array(Image.open(tmp_path / "set" / f"{place}.jpg")).astype(int)
             assert np.abs(near - image).mean() < 4
+
+
+def test_cifar100_has_its_fine_labels(tmp_path):
+    make_images.make("cifar100", tmp_path / "set", source=pack(tmp_path / "a.tar.gz", hundred()), png=True)
+    for split, count in (("train", 9), ("val", 5)):
+        expected = pixels(count, 900 + count)[1].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        assert len(tree(tmp_path / "set" / split)) == count
+        for number, image in enumerate(expected):
+            place = tmp_path / "set" / split / f"thing_{99 - 11 * number:02d}" / f"{number:05d}.png"
+            assert np.array_equal(np.array(Image.open(place)), image)
 
 
 def test_a_limit_takes_as_many_of_each_class(tmp_path):
@@ -167,6 +188,14 @@ BAD = {
     ),
     "not a pickle": ("cifar10", lambda: changed(pickled(), "batch_2", b"(dp0"), "data_batch_2: not a file of CIFAR-10"),
     "not an image": ("imagenette", lambda: changed(photographs(), "30.JPEG", b"x"), "30.JPEG: not a readable image"),
+    "pickles of 100": (
+        "cifar100",
+        {"cifar-100-python/train": b"\x80", "cifar-100-python/test": b"\x80"},
+        "is CIFAR-100 as pickles, .*expected the binary version; get https",
+    ),
+    "ten for a hundred": ("cifar100", binary, r"no train\.bin, test\.bin, fine_label_names\.txt in it"),
+    "two names": ("cifar100", lambda: hundred(**{"fine_label_names.txt": b"a b"}), "names of 100 classes, got 2"),
+    "short of 100": ("cifar100", lambda: hundred(**{"train.bin": b"12345"}), "5 bytes, expected a multiple of 3074"),
     "leaves the folder": ("imagenette", lambda: {"../../etc/evil": b"", **photographs()}, r"'\.\./\.\./etc/evil' is a"),
     "absolute": ("cifar10", lambda: {"/etc/evil": b"", **binary()}, "'/etc/evil' is a link or leaves the folder"),
 }
@@ -178,6 +207,8 @@ def test_bad_archives_are_one_line_and_leave_nothing(name, tmp_path, monkeypatch
     archive = tmp_path / "archive.tgz"
     if callable(files):
         pack(archive, files())
+    elif isinstance(files, dict):
+        pack(archive, files)
     elif files is not None:
         archive.write_bytes(files)
     before = sorted(tmp_path.iterdir())
@@ -214,7 +245,8 @@ def test_a_link_in_an_archive_is_refused(tmp_path):
     [
         (["digits", "{out}", "--limit", "0"], "--limit: expected at least 10"),
         (["photos", "{out}", "--limit", "-5"], "--limit: expected at least 10"),
-        (["digits", "{out}", "--png"], "--png: expected with cifar10 only"),
+        (["cifar100", "{out}", "--limit", "50"], "--limit: expected at least 100"),
+        (["digits", "{out}", "--png"], "--png: expected with cifar10 or cifar100 only"),
         (["imagenette", "{out}"], "imagenette: expected its archive with --source; get https://"),
         (["fashion_mnist", "{out}", "--source", "{out}"], "train-images-idx3-ubyte.gz: no such file; run `apt-get"),
         (["digits", "{file}"], "is there and holds no images in train and val"),

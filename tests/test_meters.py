@@ -30,6 +30,16 @@ def test_every_scalar_that_is_logged_is_explained(tmp_path):
     recipe = tiny("quick/linear.yaml", tmp_path / "baselines", "run.duration=1it", evals)
     run(recipe)
     logged |= {name for row in rows(recipe) for name in row} - {"evaluation"}
+    rates = ["method.rates=[1, 2]", "data.hold_out=0.2", "evals=[{kind: accuracy, every: 1it}]"]
+    first = tiny("quick/supervised.yaml", tmp_path, "run.duration=1it", "evals=[]")
+    init = [f"init=[{{from: {first.folder}, load: [backbone]}}]", "evals=[{kind: signs, every: 1it}]", "name=second"]
+    for recipe in (
+        tiny("quick/linear.yaml", tmp_path / "rates", "run.duration=1it", *rates),
+        first,
+        tiny("quick/supervised.yaml", tmp_path, "run.duration=1it", *init),
+    ):
+        run(recipe)
+        logged |= {name for row in rows(recipe) for name in row if "/lr" not in name} - {"evaluation"}
     from engine.log import TIMING
 
     logged |= set(TIMING)

@@ -492,6 +492,7 @@ OUTPUTS = {
     "embed, neighbors": (["net.pth", "{data}", "f.npz", "--neighbors", "{out}.png"], "open_trained"),
     "make_images": (["digits", "{out}"], "write"),
     "make_index": (["{data}", "{out}.index"], "open_index"),
+    "make_lists": (["subset", "{data}", "{out}.txt", "--count", "1"], "files_of"),
     "probe": (["net.pth", "--task", "knn", "--data", "{data}", "--out", "{folder}"], "open_trained"),
     "scan_images": (["{data}", "--report", "{folder}"], "open_index"),
     "show_detections": (["{data}", "--out", "{out}.png"], "newest"),

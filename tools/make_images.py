@@ -5,17 +5,18 @@ Scenes are written as PASCAL VOC's development kit lays them out, for detection 
     python tools/make_images.py fashion_mnist data/fashion_mnist
     python tools/make_images.py imagenette data/imagenette --source imagenette2-160.tgz
     python tools/make_images.py cifar10 data/cifar10 --source cifar-10-binary.tar.gz
+    python tools/make_images.py cifar100 data/cifar100 --source cifar-100-binary.tar.gz
     python tools/make_images.py photos data/photos --limit 2000
     python tools/make_images.py digit_scenes data/digit_scenes
 
 `digits` is scikit-learn's (1,797 images of 8x8, in its wheel, no network). `fashion_mnist` is read from Debian's
 package dataset-fashion-mnist, or from a folder with its four idx files. `imagenette` reads fast.ai's imagenette2.tgz,
 imagenette2-320.tgz or imagenette2-160.tgz (9,469 + 3,925 photographs) and makes the shorter side 128 pixels, JPEG of
-quality 90. `cifar10` reads cifar-10-binary.tar.gz or cifar-10-python.tar.gz (50,000 + 10,000) and writes JPEG of
-quality 95 with full color resolution, which every loader reads; --png keeps the exact pixels, for the loaders `folder`
-and `dali`. `photos` is for measuring loaders: pictures of ImageNet's sizes, detail and JPEG variants (about 480x400
-pixels, 100 KB), mixed by a seeded generator from the two photographs in scikit-learn's wheel and noise; their classes
-mean nothing. `digit_scenes` are 600 + 150 pictures of one to four of scikit-learn's digits on clouds, by a seeded
+quality 90. `cifar10` reads cifar-10-binary.tar.gz or cifar-10-python.tar.gz, `cifar100` cifar-100-binary.tar.gz alone
+(50,000 + 10,000 images each); both write JPEG of quality 95 with full color resolution, which every loader reads; --png
+keeps the exact pixels, for the loaders `folder` and `dali`. `photos` is for measuring loaders: pictures of ImageNet's
+sizes, detail and JPEG variants (about 480x400 pixels, 100 KB), mixed by a seeded generator from the two photographs in
+scikit-learn's wheel and noise; their classes mean nothing. `digit_scenes` are 600 + 150 pictures of one to four of scikit-learn's digits on clouds, by a seeded
 generator, with boxes: <out>#2007_trainval has the digits of `digits`' training images, <out>#2007_test the others.
 """
 
@@ -50,13 +51,16 @@ CIFAR_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".sp
 CIFAR_FILES = [("train", f"data_batch_{number}") for number in range(1, 6)] + [("val", "test_batch")]
 CIFAR_MOST = 40_000_000
 """Bytes of a file of CIFAR-10; the true ones have 31 million."""
+CIFAR100_FILES = {"train.bin": "train", "test.bin": "val"}
+CIFAR100_NAMES = "fine_label_names.txt"
 CLASSES = 10
-"""Of every set here."""
+"""Of every set here but CIFAR-100, which has 100."""
 SHORTER_SIDE = 128
 KIT_YEAR = "VOC2007"
 """Folder of the scenes, so that nothing in their reader is special."""
 IMAGENETTE_URL = "https://s3.amazonaws.com/fast-ai-imageclas/imagenette2-160.tgz"
 CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
+CIFAR100_URL = "https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz"
 USUAL: dict[str, Any] = {"format": "JPEG", "quality": 95}
 
 
@@ -148,7 +152,7 @@ def imagenette(source: Path) -> Iterator[Picture]:
 
 def cifar10(source: Path, png: bool) -> Iterator[Picture]:
     """The images of an official archive, binary or pickled."""
-    options = {"format": "PNG"} if png else {**USUAL, "subsampling": 0}
+    options = _exact(png)
     splits = {name: split for split, name in CIFAR_FILES}
     seen = set()
     for name, read in members(source, CIFAR_URL):
@@ -168,25 +172,58 @@ def cifar10(source: Path, png: bool) -> Iterator[Picture]:
         raise DataError(f"{source}: no {', '.join(lacks)} in it, expected an archive of CIFAR-10; get {CIFAR_URL}")
 
 
-def _records(content: bytes) -> tuple[list[int], NDArray[np.uint8]]:
-    """One byte of label and 3,072 of pixels for each image."""
-    records = np.frombuffer(content, dtype=np.uint8)
-    if not len(records) or len(records) % 3073:
-        raise ValueError(f"{len(records)} bytes, expected a multiple of 3073")
-    records = records.reshape(-1, 3073)
-    return _checked(records[:, 0].tolist(), records[:, 1:])
+def cifar100(source: Path, png: bool) -> Iterator[Picture]:
+    """The images of the official binary archive, by their fine labels."""
+    names: list[str] = []
+    files = []
+    for name, read in members(source, CIFAR100_URL):
+        files.append(name.rsplit("/", 1)[-1])
+        if files[-1] == CIFAR100_NAMES:
+            names = read(CIFAR_MOST).decode("ascii", "replace").split()
+    if lacks := [name for name in (*CIFAR100_FILES, CIFAR100_NAMES) if name not in files]:
+        raise DataError(
+            f"{source}: is CIFAR-100 as pickles, which can run code when they are read; expected the binary version; get "
+            f"{CIFAR100_URL}"
+            if "train" in files
+            else f"{source}: no {', '.join(lacks)} in it, expected the binary archive of CIFAR-100; get {CIFAR100_URL}"
+        )
+    if len(set(names)) != 100 or not all(re.fullmatch(r"\w+", name) for name in names):
+        raise DataError(f"{source}: {CIFAR100_NAMES}: expected the names of 100 classes, got {len(set(names))}")
+    for name, read in members(source, CIFAR100_URL):
+        last = name.rsplit("/", 1)[-1]
+        if last not in CIFAR100_FILES:
+            continue
+        try:
+            labels, images = _records(read(5 * CIFAR_MOST), labels=2, classes=100)
+        except ValueError as error:
+            raise DataError(f"{source}: {name}: not a file of CIFAR-100 ({first_line(error)})") from None
+        for label, pixels in zip(labels, images.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), strict=True):
+            yield Picture(CIFAR100_FILES[last], names[label], Image.fromarray(pixels), _exact(png))
+
+
+def _exact(png: bool) -> dict[str, Any]:
+    return {"format": "PNG"} if png else {**USUAL, "subsampling": 0}
+
+
+def _records(content: bytes, labels: int = 1, classes: int = CLASSES) -> tuple[list[int], NDArray[np.uint8]]:
+    """Some bytes of labels, of which the last counts, and 3,072 of pixels for each image."""
+    records, length = np.frombuffer(content, dtype=np.uint8), labels + 3072
+    if not len(records) or len(records) % length:
+        raise ValueError(f"{len(records)} bytes, expected a multiple of {length}")
+    records = records.reshape(-1, length)
+    return _checked(records[:, labels - 1].tolist(), records[:, labels:], classes)
 
 
 def _pickled(content: bytes) -> tuple[list[int], NDArray[np.uint8]]:
     batch = _Arrays(io.BytesIO(content), encoding="bytes").load()
-    return _checked(batch[b"labels"], batch[b"data"])
+    return _checked(batch[b"labels"], batch[b"data"], CLASSES)
 
 
-def _checked(labels: list[int], images: NDArray[np.uint8]) -> tuple[list[int], NDArray[np.uint8]]:
+def _checked(labels: list[int], images: NDArray[np.uint8], classes: int) -> tuple[list[int], NDArray[np.uint8]]:
     if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.shape != (len(labels), 3072):
         raise ValueError("expected uint8 pixels [N, 3072] and N labels")
-    if not all(isinstance(label, int) and 0 <= label < CLASSES for label in labels):
-        raise ValueError("expected labels from 0 to 9")
+    if not all(isinstance(label, int) and 0 <= label < classes for label in labels):
+        raise ValueError(f"expected labels from 0 to {classes - 1}")
     return labels, images
 
 
@@ -398,11 +435,11 @@ def annotation(name: str, size: tuple[int, int], digits: list[Digit]) -> bytes:
 # ------------------------------------------------------------------------------------------------ writing
 
 
-def write(pictures: Iterator[Picture], out: Path, limit: int | None = None) -> None:
+def write(pictures: Iterator[Picture], out: Path, limit: int | None = None, classes: int = CLASSES) -> None:
     """A tree that has its name is complete.
 
     Args:
-        limit: at most this many images of each split, as many of every class.
+        limit: at most this many images of each split, as many of every one of the `classes`.
     """
     counts: Counter[tuple[str, str]] = Counter()
     numbers: Counter[str] = Counter()
@@ -410,7 +447,7 @@ def write(pictures: Iterator[Picture], out: Path, limit: int | None = None) -> N
     with aside(out) as tree:
         for picture in tqdm(pictures, desc=out.name, unit=" images", disable=not sys.stderr.isatty()):
             place = picture.split, picture.label
-            if limit is not None and counts[place] >= limit // CLASSES:
+            if limit is not None and counts[place] >= limit // classes:
                 continue
             folder = tree.part / picture.split / picture.label
             if not counts[place]:
@@ -430,10 +467,11 @@ def make(dataset: str, out: Path, *, source: Path | None = None, limit: int | No
         DataError: what is asked for, or what it is made of, cannot be used.
         OSError: the disk refuses.
     """
-    if limit is not None and limit < CLASSES:
-        raise DataError(f"--limit: expected at least {CLASSES}, one image of each class, got {limit}")
-    if png and dataset != "cifar10":
-        raise DataError(f"--png: expected with cifar10 only, got {dataset}")
+    classes = 100 if dataset == "cifar100" else CLASSES
+    if limit is not None and limit < classes:
+        raise DataError(f"--limit: expected at least {classes}, one image of each class, got {limit}")
+    if png and dataset not in ("cifar10", "cifar100"):
+        raise DataError(f"--png: expected with cifar10 or cifar100 only, got {dataset}")
     is_kit = dataset == "digit_scenes"
     if (is_kit and (out / KIT_YEAR).is_dir()) or all(any((out / s).glob("*/*.*")) for s in ("train", "val")):
         print(f"{out} is there already")
@@ -442,9 +480,9 @@ def make(dataset: str, out: Path, *, source: Path | None = None, limit: int | No
         where = KIT_YEAR if is_kit else "train and val"
         raise DataError(f"{out}: is there and holds no images in {where}; give another name, or remove it")
     check_writable(out)
-    if source is None and dataset in ("imagenette", "cifar10"):
-        url = IMAGENETTE_URL if dataset == "imagenette" else CIFAR_URL
-        raise DataError(f"{dataset}: expected its archive with --source; get {url}")
+    archives = {"imagenette": IMAGENETTE_URL, "cifar10": CIFAR_URL, "cifar100": CIFAR100_URL}
+    if source is None and dataset in archives:
+        raise DataError(f"{dataset}: expected its archive with --source; get {archives[dataset]}")
     if dataset == "photos":
         write(photos(limit or 2000), out)
     elif is_kit:
@@ -455,6 +493,8 @@ def make(dataset: str, out: Path, *, source: Path | None = None, limit: int | No
         write(fashion_mnist(source or DEBIAN_FASHION), out, limit)
     elif dataset == "imagenette":
         write(imagenette(source), out, limit)  # type: ignore[arg-type]
+    elif dataset == "cifar100":
+        write(cifar100(source, png), out, limit, classes)  # type: ignore[arg-type]
     else:
         write(cifar10(source, png), out, limit)  # type: ignore[arg-type]
 
@@ -463,12 +503,12 @@ def make(dataset: str, out: Path, *, source: Path | None = None, limit: int | No
 def main() -> int:
     """Parse the command line and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = ["digits", "fashion_mnist", "imagenette", "cifar10", "photos", "digit_scenes"]
+    names = ["digits", "fashion_mnist", "imagenette", "cifar10", "cifar100", "photos", "digit_scenes"]
     parser.add_argument("dataset", choices=names)
     parser.add_argument("out", type=Path, help="folder to make; nothing is done if it is there already")
     parser.add_argument("--source", type=Path, help="the archive, or the folder of Fashion-MNIST's idx files")
     parser.add_argument("--limit", type=int, help="at most this many images of each split")
-    parser.add_argument("--png", action="store_true", help="cifar10: exact pixels instead of JPEG")
+    parser.add_argument("--png", action="store_true", help="cifar10, cifar100: exact pixels instead of JPEG")
     arguments = parser.parse_args()
     make(arguments.dataset, arguments.out, source=arguments.source, limit=arguments.limit, png=arguments.png)
     return 0
