@@ -4,10 +4,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-arm quick lint fuzz clean
+.PHONY: demo tables test test-arm quick lint fuzz clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python tools/demo.py
+
+# A small table that must come out right, in some minutes: exit code 1 where binary networks are not that much better than
+# random ones. Needs Debian's dataset-fashion-mnist.
+tables: $(VENV)/.demo
+	rm -rf runs/table_gate
+	$(BIN)/python tools/make_images.py fashion_mnist data/fashion_mnist
+	$(BIN)/python tools/compare.py recipes/tables/gate.yaml --jobs 2
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n auto --dist worksteal

@@ -230,8 +230,7 @@ def _knn(
     rows = _bank(config.bank, train)
     bank, bank_label, query, query_label = _bank_and_query(network, rows, data, indices, world, consensus)
     if config.center:
-        mean = bank.double().mean(dim=0).to(bank.dtype)
-        bank, query = bank - mean, query - mean
+        bank, query = centered(bank, query)
     # Every rank classifies its own share of the validation images against the whole bank.
     predicted = _apart(
         lambda: (
@@ -498,6 +497,13 @@ def knn_ranked(
 
 _SIMILARITIES = 1 << 28
 """That are computed at a time: 1 GiB."""
+
+
+def centered(bank: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
+    """Features [N, D] and [M, D] without the mean of the first: what all have in common tells none from another, and a
+    cosine is mostly that."""
+    mean = bank.double().mean(dim=0)
+    return (bank - mean).to(bank.dtype), (query - mean).to(query.dtype)
 
 
 def _bank_and_query(

@@ -568,12 +568,15 @@ class Plan:
         if not self._has_choice(variant):
             return grid[0]
         if variant.label not in self._rates:
-            judged = [list(self._try(variant, number))[-1] for number in range(len(grid))]
-            number = self._best(self.spec.judging, judged)
+            number = self._best(self.spec.judging, self._judged(variant))
             if number is None:
                 return grid[0]
             self._rates[variant.label] = grid[number]
         return self._rates[variant.label]
+
+    def _judged(self, variant: Variant) -> Iterator[Run]:
+        """The run behind each try of a row's rates that is measured."""
+        return (list(self._try(variant, number))[-1] for number in range(len(self._cells(variant))))
 
     def _task_tries(self, variant: Variant, task: Task) -> list[Run]:
         """One run for each cell of a task's grid, on the network of seed 0."""
@@ -591,11 +594,13 @@ class Plan:
             for number, cell in enumerate(cells(task.grid))
         ]
 
-    def _best(self, task: Task, tries: Sequence[Run]) -> int | None:
+    def _best(self, task: Task, tries: Iterable[Run]) -> int | None:
         """The cell with the best score, the first of equals; None where not all have been run."""
-        if not all(run.is_done() for run in tries):
-            return None
-        scores = [self.score(run, task) for run in tries]
+        scores = []
+        for run in tries:
+            if not run.is_done():
+                return None
+            scores.append(self.score(run, task))
         return scores.index(max(scores))
 
     def score(self, run: Run, task: Task) -> float:
@@ -680,9 +685,7 @@ class Plan:
                 }
 
         if self._has_choice(variant):
-            grid = self._cells(variant)
-            judged = [list(self._try(variant, number))[-1] for number in range(len(grid))]
-            say("tries", self.spec.judging, grid, "held_out", judged)
+            say("tries", self.spec.judging, self._cells(variant), "held_out", list(self._judged(variant)))
         for task in self.spec.tasks if not variant.row.pixels else ():
             if task.grid:
                 say(task.name, task, cells(task.grid), task.chosen_on, self._task_tries(variant, task))
