@@ -92,7 +92,8 @@ class Features:
             ValueError: it is no such file, or damaged.
         """
         try:
-            with np.load(path, allow_pickle=False) as file:
+            # Opened here: numpy leaves a damaged file open.
+            with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
                 got = {name: file[name] for name in ("features", "rows", "names", "label", "classes", "images", "of")}
             array, rows, names, label = (got[name] for name in ("features", "rows", "names", "label"))
             classes, images, of = tuple(map(str, got["classes"])), int(got["images"]), json.loads(str(got["of"]))
@@ -344,7 +345,7 @@ def _hash(content: Any) -> str:
 def data_of(
     trained: Trained, changes: Sequence[str] = (), *, val: Path | None = None, device: str = "auto"
 ) -> DataConfig:
-    """How to read images as the network's evaluations do: its view and normalization, the back end that is fastest here.
+    """How to read images as a network's evaluations do: its view and normalization, the back end that is fastest here.
 
     Args:
         changes: `data.key=value`, as on the command line of a run: `data.val=photos`, `data.eval_view={crop: whole}`.
@@ -370,7 +371,7 @@ def data_of(
         if not change.startswith("data."):
             raise RecipeError(f"override {change!r}: expected data.key=value")
         strict_yaml.override(section, change)
-    section["data"] |= {"batch_size": 1, "micro_batch": 1, "views": [section["data"]["eval_view"]]}  # of training
+    section["data"] |= {"batch_size": 1, "micro_batch": 1, "views": [{"crop": "whole", "size": 1}]}  # of training
     return recipes.resolve_data(section["data"], trained.source, device=device)
 
 

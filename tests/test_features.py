@@ -146,7 +146,9 @@ def test_the_cache_is_of_these_weights_images_view_and_layer(published, photos, 
     damaged[whole.index(first.array.tobytes()) + 5] ^= 1
     wrong = (cache / f"features-{found[3].hash}.npz").read_bytes()
     np.savez(cache / "pickled.npz", features=np.array([{}], dtype=object))
-    for number, content in enumerate((whole[:-9], damaged, b"", b"text", wrong, (cache / "pickled.npz").read_bytes()), 6):
+    for number, content in enumerate(
+        (whole[:-9], damaged, b"", b"text", wrong, (cache / "pickled.npz").read_bytes()), 6
+    ):
         path.write_bytes(content)
         assert np.array_equal(extract(trained, data, index, cache=cache).array, first.array)
         assert len(extracted) == number and Features.load(path).of == first.of, content[:9]
@@ -159,7 +161,7 @@ def test_the_hash_of_a_network_is_of_what_it_computes():
     as_it_was = hash_of(network)
     network.blocks[0].norm1.num_batches_tracked += 1
     assert hash_of(network) == as_it_was == hash_of(network.to(memory_format=torch.channels_last))
-    for keys, same in (({"estimator": "ste"}, True), ({"weights": "real"}, False), ({"stem_stride": 1}, False)):
+    for keys, same in (({"estimator": "reactnet"}, True), ({"weights": "real"}, False), ({"stem_stride": 1}, False)):
         other = ReActNet(Config(**TINY, **keys))
         other.load_state_dict(network.state_dict())
         assert (hash_of(other) == as_it_was) == same, keys
@@ -170,7 +172,7 @@ def test_the_hash_of_a_network_is_of_what_it_computes():
 def test_what_cannot_be_extracted_is_one_line(published, photos):
     trained = open_trained(published)
     for changes, text in (
-        (["data.eval_view.sise=3"], r"data\.eval_view\.sise: unknown key, did you mean size"),
+        (["data.eval_view.sise=3"], r"data\.eval_view\.sise: unknown key, did you mean 'size'"),
         (["data.eval_view={crop: random, size: 32}"], "expected crop: center or whole"),
         (["run.amp=off"], r"override 'run\.amp=off': expected data\.key=value"),
         (["data.backend=turob"], "data.backend: unknown value 'turob'"),
@@ -201,7 +203,9 @@ def test_a_packed_network_is_opened_as_any_other(tmp_path, photos):
     assert packed.view == trained.view and packed.mean == trained.mean and packed.classes == trained.classes != ()
     index = loaders.open_root(data_of(packed, val=photos), str(photos))
     one, other = (extract(net, data_of(net, val=photos), index) for net in (trained, packed))
-    likeness = (one.array * other.array).sum(1) / np.linalg.norm(one.array, axis=1) / np.linalg.norm(other.array, axis=1)
+    likeness = (
+        (one.array * other.array).sum(1) / np.linalg.norm(one.array, axis=1) / np.linalg.norm(other.array, axis=1)
+    )
     assert np.median(likeness) > 0.99 and one.hash != other.hash
     images = torch.randn(4, 3, 32, 32)
     expected = packed.backbone.runtime.run(images.numpy())
@@ -230,21 +234,20 @@ def call(monkeypatch, name, *arguments):
     return left.value.code
 
 
-def embed_main(*arguments):
-    sys.argv = ["embed.py", *map(str, arguments)]
-    dist.leave(tool("embed").main)
+def embed_each(source, roots, out):
+    options = {"changes": ["data.eval_batch=3", "data.workers=0"], "layer": "map", "device": "cpu"}
+    for root in roots:
+        tool("embed").embed(open_trained(source), root, out / f"{root.name}.npz", **options)
 
 
 def test_two_ranks_write_what_one_writes(floating, photos, tmp_path):
-    few = write_tree(tmp_path / "few", count=1, classes=1)  # fewer than ranks
-    for number, root in enumerate((photos, few)):
-        arguments = [floating, root, None, "data.eval_batch=3", "data.workers=0", "--layer", "map"]
-        for ranks in (1, 2):
-            arguments[2] = tmp_path / f"{ranks}-{number}.npz"
-            assert run_ranks(ranks, embed_main, *arguments) == [0] * ranks
-        one, two = (Features.load(tmp_path / f"{ranks}-{number}.npz") for ranks in (1, 2))
+    roots = [photos, write_tree(tmp_path / "few", count=1, classes=1)]  # fewer than ranks
+    embed_each(floating, roots, tmp_path / "1")
+    assert run_ranks(2, embed_each, floating, roots, tmp_path / "2") == [0, 0]
+    for root, count in zip(roots, (13, 1), strict=True):
+        one, two = (Features.load(tmp_path / ranks / f"{root.name}.npz") for ranks in "12")
         assert np.array_equal(one.rows, two.rows) and list(one.names) == list(two.names) and one.of == two.of
-        assert len(one.rows) == (13, 1)[number] and np.allclose(one.array, two.array, atol=1e-5)
+        assert len(one.rows) == count and np.allclose(one.array, two.array, atol=1e-5)
         assert np.array_equal(one.label, two.label)
 
 
@@ -336,9 +339,7 @@ def test_a_run_measured_again_has_the_numbers_of_its_last_step(tmp_path, monkeyp
 def test_other_images_are_measured_where_their_classes_are_those_of_the_network(tmp_path, monkeypatch, capsys):
     train = write_tree(tmp_path / "train", count=20)
     files = ["data.backend=folder", "data.options={}", "data.workers=0", "method.num_classes=3"]
-    recipe = tiny(
-        "quick/supervised.yaml", tmp_path, *files, f"data.train={train}", f"data.val={train}", *SHORT
-    )
+    recipe = tiny("quick/supervised.yaml", tmp_path, *files, f"data.train={train}", f"data.val={train}", *SHORT)
     run(recipe)
     other = write_tree(tmp_path / "other", count=7)
     assert call(monkeypatch, "evaluate", recipe.folder, f"data.val={other}", "data.workers=0") == 0
@@ -373,7 +374,9 @@ def test_a_published_classifier_is_measured(published, photos, tmp_path, monkeyp
     assert found["top1"] == pytest.approx(100 * hits / 13) and found["weights"] == hash_of(trained.network)
     assert call(monkeypatch, "evaluate", published, f"data.val={four(tmp_path / 'four')}") == 2
     assert "four: 2 classes, the classifier of" in capsys.readouterr().err
-    assert call(monkeypatch, "evaluate", published, "--part", "student", "--kind", "accuracy", f"data.val={photos}") == 2
+    assert (
+        call(monkeypatch, "evaluate", published, "--part", "student", "--kind", "accuracy", f"data.val={photos}") == 2
+    )
     assert "has no classifier to measure, expected --kind knn" in capsys.readouterr().err
     assert call(monkeypatch, "evaluate", published) == 2
     assert "data.val: not set" in capsys.readouterr().err
