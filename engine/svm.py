@@ -1,8 +1,8 @@
 """Linear SVMs on frozen features, one class against the rest: the protocols of VOC07, full and low-shot.
 
-Goyal, Mahajan, Gupta, Misra, "Scaling and Benchmarking Self-Supervised Visual Representation Learning", ICCV 2019, whose
-costs, folds, weights and average precisions these are; docs/downstream.md has all of it, with what differs. Targets are
-int8 [N, C]: 1 where an image shows the class, 0 where it does not, -1 where all that it shows of it is difficult.
+Goyal et al., "Scaling and Benchmarking Self-Supervised Visual Representation Learning", ICCV 2019, whose costs, folds,
+weights and average precisions these are; docs/downstream.md has all of it, with what differs. Targets are int8 [N, C]:
+1 where an image shows the class, 0 where it does not, -1 where all that it shows of it is difficult.
 """
 
 from __future__ import annotations
@@ -500,7 +500,7 @@ def check(targets: Targets, classes: Sequence[str], name: str, least: int) -> No
 
 def rarest(targets: Targets, classes: Sequence[str]) -> str:
     """What limits the number of shots, in words."""
-    counts = (targets == 1).sum(axis=0)
-    number = int(counts.argmin())
-    least = int((targets == 0).sum(axis=0).min())
-    return f"{counts[number]} images show '{classes[number]}', {least} show not some other"
+    fewest = {symbol: (targets == symbol).sum(axis=0) for symbol in (1, 0)}
+    shown, not_shown = (int(counts.argmin()) for counts in fewest.values())
+    said = f"{fewest[1][shown]} images show '{classes[shown]}', and {fewest[0][not_shown]} do not"
+    return said if shown == not_shown else f"{said} show '{classes[not_shown]}'"

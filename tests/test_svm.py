@@ -1,6 +1,5 @@
 """SVMs on frozen features: golden values, draws, and the tool from end to end."""
 
-import argparse
 import json
 import os
 import shutil
@@ -41,7 +40,9 @@ ALL = np.arange(12)
 
 
 def test_rows_are_divided_by_their_norm_and_a_little():
-    assert svm.normalized(np.array([[1, 2]], np.float32))[0] == pytest.approx([0.447211595509, 0.894423191018], abs=1e-12)
+    assert svm.normalized(np.array([[1, 2]], np.float32))[0] == pytest.approx(
+        [0.447211595509, 0.894423191018], abs=1e-12
+    )
     assert svm.normalized(np.zeros((1, 3), np.float32)).tolist() == [[0, 0, 0]]
 
 
@@ -51,7 +52,7 @@ def test_the_minimum_is_the_one(cost):
     rows = svm.normalized(ROWS)
     found = svm.fit(rows, POSITIVE, cost, tolerance=1e-12)
     got = [*found.weight, found.bias]
-    assert found.converged and got == pytest.approx(expected, abs=1e-8)
+    assert found.converged and got == pytest.approx(expected, abs=5e-8)
     loss = np.where(POSITIVE, 2, 1) * np.maximum(0, 1 - np.where(POSITIVE, 1, -1) * found.scores(rows)) ** 2
     assert (np.square(got).sum() / 2 + cost * loss.sum()) == pytest.approx(objective, abs=1e-9)
     usual = svm.fit(rows, POSITIVE, cost)  # with the tolerance that is used
@@ -129,7 +130,7 @@ def test_a_class_that_cannot_be_learned_or_tested_is_named():
         svm.check(TARGETS[2:], "abc", "train", 3)
     with pytest.raises(DataError, match="^test: class 'b': 0 images show it, expected at least 1$"):
         svm.check(TARGETS[[0, 4, 10]], "abc", "test", 1)
-    assert svm.rarest(TARGETS, "abc") == "3 images show 'c', 7 show not some other"
+    assert svm.rarest(TARGETS, "abc") == "4 images show 'a', and 7 do not"
 
 
 def test_pcl_trains_every_class_on_all_images_that_are_drawn():
@@ -207,11 +208,12 @@ def test_difficult_images_train_the_full_svm_and_no_other(tmp_path):
 def test_a_test_leaves_out_what_is_difficult_of_its_class(tmp_path):
     found = sets()
     turned = found.test.copy()
-    turned[8] *= -1  # difficult for the first class alone
+    # Difficult for the first class, and what a classifier of the second takes for it, which it is not.
+    turned[8] = svm.normalized(svm.fit(found.train, TARGETS[:, 1] == 1, 0.5).weight[None])[0]
     for name, test in (("as it is", found.test), ("turned", turned)):
         found._replace(test=test).write(tmp_path / name)
     one, two = (svm.measure(found, "abc", [0.5], here(tmp_path / name)) for name in ("as it is", "turned"))
-    assert one["ap"]["a"] == two["ap"]["a"] and one["ap"] != two["ap"]
+    assert one["ap"]["a"] == two["ap"]["a"] and one["ap"]["b"] > two["ap"]["b"]
     assert one["unconverged"] == 0 and one["cross_validation"] is None and set(one["cost"].values()) == {0.5}
 
 
@@ -426,7 +428,10 @@ def test_features_of_two_ranks_give_the_same_results(network, folders, tmp_path)
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["knn", "--data", "{scenes}#2007"], "--task knn: expected one class for each image, {scenes}#2007_trainval has several"),
+        (
+            ["knn", "--data", "{scenes}#2007"],
+            "--task knn: expected one class for each image, {scenes}#2007_trainval has several",
+        ),
         (["svm", "--data", "{scenes}#2012"], "VOC2012/ImageSets/Main/trainval.txt: no such file"),
         (["svm", "--data", "{scenes}"], "--data: expected data/VOCdevkit#2007, a folder with train and val in it"),
         (["lowshot", "--data", "{scenes}#2007", "--shots", "300"], "too few for --shots 300"),
@@ -434,7 +439,10 @@ def test_features_of_two_ranks_give_the_same_results(network, folders, tmp_path)
         (["svm", "--data", "{scenes}#2007", "--costs", "-1"], "--costs: expected different numbers above 0, got -1"),
         (["lowshot", "--data", "{scenes}#2007", "--shots", "2", "2"], "--shots: expected different numbers above 0"),
         (["svm", "--data", "{scenes}#2007", "--check", "torchvision", "--costs", "1"], "--check: expected one source"),
-        (["lowshot", "--data", "{scenes}#2007", "--protocol", "pcl", "--samples", "x"], "--samples: published files are of"),
+        (
+            ["lowshot", "--data", "{scenes}#2007", "--protocol", "pcl", "--samples", "x"],
+            "--samples: published files are of",
+        ),
     ],
 )
 def test_what_cannot_be_measured_is_one_line_before_any_feature(
@@ -470,9 +478,11 @@ def test_svms_without_scikit_learn_are_one_line(network, scenes, tmp_path, monke
 
 
 def test_known_answers_are_compared_one_by_one(capsys):
-    arguments = argparse.Namespace(check="torchvision")
-    network = {"svm": {"map": 87.0}, "lowshot": {"shots": {"1": {"chosen_on_test": {"mean": 51.98}}, "96": {"chosen_on_test": {"mean": 86.96}}}}}  # fmt: skip
+    shots = {number: {"chosen_on_test": {"mean": mean}} for number, mean in (("1", 51.98), ("96", 86.96))}
+    network = {"svm": {"map": 87.0}, "lowshot": {"shots": shots}}
     result = {"networks": {"x": network}}
-    assert tool("probe").checked_answers(result, arguments) == ["FAIL low-shot k = 1: 51.98, torchvision has 52.99 ± 1.0"]
+    assert tool("probe").checked_answers(result, "torchvision") == [
+        "FAIL low-shot k = 1: 51.98, torchvision has 52.99 ± 1.0"
+    ]
     assert [row["passed"] for row in result["check"]] == [True, False, True]
     assert capsys.readouterr().out.splitlines()[0] == "pass SVM: 87.00, torchvision has 87.17 ± 0.3"

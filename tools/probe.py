@@ -12,10 +12,11 @@ codes: 0 done; 1 --check found a number too far from the known one; 2 bad input,
 """
 
 import argparse
+import itertools
 import json
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -30,7 +31,7 @@ from engine import dist, evals, pool, provenance, svm
 from engine.data import check_classes, open_once
 from engine.dist import World
 from engine.errors import RecipeError
-from engine.features import Features, check, data_of, extract
+from engine.features import ALONE, Features, check, data_of, extract
 from engine.log import Progress, logger, to_console
 from engine.pool import Ledger, Unit
 from engine.results import figures, runs
@@ -85,24 +86,23 @@ def main() -> int:
         figures.pyplot()
     roots = roots_of(arguments.data)
     with dist.group(arguments.device, TIMEOUT) as world:
-        networks = dist.together(lambda: {str(path): open_trained(path, part=arguments.part) for path in arguments.source})
-        for trained in networks.values():
-            for plan in plans(arguments).values():
-                check(trained, plan.layer, trained.view.size)
+        networks = dist.together(
+            lambda: {str(path): open_trained(path, part=arguments.part) for path in arguments.source}
+        )
+        for trained, plan in itertools.product(networks.values(), plans(arguments).values()):
+            check(trained, plan.layer, trained.view.size)
         reading = reading_of(next(iter(networks.values())), roots, arguments)
         sets = open_sets(roots, reading, arguments, world)
         shots = dist.together(lambda: checked(sets, arguments))
         ledger = dist.together(lambda: Ledger(out / "results.jsonl") if world.is_main else None)
-        for trained in networks.values():  # into the cache alone: those of all networks may be more than fits
-            for plan in set(plans(arguments).values()):
-                features_of(trained, plan, sets, roots, arguments, world)
+        call = Call(arguments, roots, sets, shots, ledger, world.device)
+        for trained, plan in itertools.product(networks.values(), set(plans(arguments).values())):
+            features_of(trained, plan, call, world)  # into the cache: those of all networks may be more than fits
     if ledger is None:
         return 0
-    result = {**about(arguments, sets, shots), "networks": {}}
-    for name, trained in networks.items():
-        result["networks"][name] = measure(name, trained, sets, roots, shots, arguments, ledger, world)
+    result = {**about(call), "networks": {name: measure(name, trained, call) for name, trained in networks.items()}}
     ledger.close()
-    failed = checked_answers(result, arguments) if arguments.check else []
+    failed = checked_answers(result, arguments.check) if arguments.check else []
     write(result, out)
     return 1 if failed else 0
 
@@ -133,8 +133,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the low-shot draws (%(default)s)")
     parser.add_argument("--any-counts", action="store_true", help="VOC07 with other numbers of images than published")
     parser.add_argument("--jobs", type=int, default=machine.cores(), help="processes that fit SVMs (one a core)")
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="of the network (%(default)s)")
-    parser.add_argument("--check", choices=sorted(ANSWERS), help="compare with known answers of this ResNet-50 on VOC07")
+    parser.add_argument(
+        "--device", default="auto", choices=["auto", "cpu", "cuda"], help="of the network (%(default)s)"
+    )
+    parser.add_argument(
+        "--check", choices=sorted(ANSWERS), help="compare with known answers of this ResNet-50 on VOC07"
+    )
     arguments = parser.parse_intermixed_args()
     first = arguments.source[0]
     arguments.out = arguments.out or Path("runs") / f"probe_{first.resolve().name.split('.')[0]}"
@@ -264,7 +268,9 @@ def checked(sets: dict[str, Labeled], arguments: argparse.Namespace) -> list[int
         return []
     shots = svm.possible(train.targets, arguments.shots)
     if not shots:
-        raise DataError(f"{train.name}: {svm.rarest(train.targets, classes)}, too few for --shots {min(arguments.shots)}")
+        raise DataError(
+            f"{train.name}: {svm.rarest(train.targets, classes)}, too few for --shots {min(arguments.shots)}"
+        )
     if dropped := [number for number in arguments.shots if number not in shots]:
         said = " and ".join(map(str, dropped))
         if dist.environment_rank() == 0:
@@ -276,22 +282,26 @@ def checked(sets: dict[str, Labeled], arguments: argparse.Namespace) -> list[int
     return shots
 
 
-def features_of(
-    trained: Trained,
-    plan: Plan,
-    sets: dict[str, Labeled],
-    roots: dict[str, str],
-    arguments: argparse.Namespace,
-    world: World | None = None,
-) -> list[Features | None]:
+class Call(NamedTuple):
+    """What all networks of a call share."""
+
+    arguments: argparse.Namespace
+    roots: dict[str, str]
+    sets: dict[str, Labeled]
+    shots: list[int]
+    ledger: Ledger | None
+    """Of the first rank alone."""
+    device: torch.device
+
+
+def features_of(trained: Trained, plan: Plan, call: Call, world: World = ALONE) -> list[Features | None]:
     """Features of both sets, from the cache where they are there; None on ranks other than the first."""
-    reading = reading_of(trained, roots, arguments)
+    reading = reading_of(trained, call.roots, call.arguments)
     if plan.crop:
         view = View.model_validate({"crop": plan.crop, "size": trained.view.size})
         reading = reading.model_copy(update={"eval_view": view})
-    place = {} if world is None else {"world": world}
     return [
-        extract(trained, reading, sets[split].index, layer=plan.layer, cache=arguments.out, **place)
+        extract(trained, reading, call.sets[split].index, layer=plan.layer, world=world, cache=call.arguments.out)
         for split in ("train", "val")
     ]
 
@@ -299,54 +309,61 @@ def features_of(
 # ------------------------------------------------------------------------------------------------ measuring
 
 
-def measure(
-    name: str,
-    trained: Trained,
-    sets: dict[str, Labeled],
-    roots: dict[str, str],
-    shots: Sequence[int],
-    arguments: argparse.Namespace,
-    ledger: Ledger,
-    world: World,
-) -> dict[str, Any]:
-    """All tasks of one network."""
+def measure(name: str, trained: Trained, call: Call) -> dict[str, Any]:
+    """All tasks of one network, on the first rank."""
     result: dict[str, Any] = {"part": trained.part, "step": trained.step}
-    for task, plan in plans(arguments).items():
-        train, val = features_of(trained, plan, sets, roots, arguments)
-        assert train is not None and val is not None  # the first rank alone comes here
-        result.setdefault("weights", train.of["weights"])
-        of = {"layer": plan.layer, "view": train.of["view"], "width": train.array.shape[1],
-              "images": [len(train.rows), len(val.rows)], "left_out": [train.left_out, val.left_out]}  # fmt: skip
-        if task == "knn":
-            unit = Unit(
-                {"features": [train.hash, val.hash], "task": task, "neighbors": NEIGHBORS, "temperature": TEMPERATURE},
-                partial(nearest_neighbors, train, val, world.device),
-                (),
-                size=1,
-            )
-            (found,) = pool.run([unit], ledger, prepare=no_preparation, jobs=1, title=f"{name}: k-NN")
-            result[task] = {**of, "neighbors": found}
-            continue
-        targets = {split: sets[split].targets[one.rows] for split, one in (("train", train), ("val", val))}
-        ready = svm.Sets(svm.normalized(train.array), targets["train"], svm.normalized(val.array), targets["val"])
-        folder = arguments.out / "rows"  # what all processes map; another call's if that was killed
-        try:
-            ready.write(folder)
-            work: Callable[[list[Unit], str], list[Any]] = lambda units, title: pool.run(  # noqa: E731
-                units, ledger, prepare=partial(svm.open_sets, folder), jobs=arguments.jobs, title=f"{name}: {title}"
-            )
-            if task == "svm":
-                result[task] = of | svm.measure(ready, sets["train"].classes, arguments.costs, work)
-            else:
-                draws = {
-                    (number, sample): drawn(sets["train"], train.rows, number, sample, arguments)
-                    for number in shots
-                    for sample in range(svm.SAMPLES)
-                }
-                result[task] = of | svm.measure_low_shot(ready, draws, arguments.costs, work)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+    for task, plan in plans(call.arguments).items():
+        train, val = features_of(trained, plan, call)
+        assert train is not None and val is not None
+        result["weights"] = train.of["weights"]
+        found = knn(name, train, val, call) if task == "knn" else fitted(task, name, train, val, call)
+        result[task] = {
+            "layer": plan.layer,
+            "view": train.of["view"],
+            "width": train.array.shape[1],
+            "images": [len(train.rows), len(val.rows)],
+            "left_out": [train.left_out, val.left_out],
+            **found,
+        }
     return result
+
+
+def fitted(task: str, name: str, train: Features, val: Features, call: Call) -> dict[str, Any]:
+    """The SVMs of a task."""
+    targets = [call.sets[split].targets[one.rows] for split, one in (("train", train), ("val", val))]
+    ready = svm.Sets(svm.normalized(train.array), targets[0], svm.normalized(val.array), targets[1])
+    folder = call.arguments.out / "rows"  # what all processes map; it may be left of a call that was killed
+
+    def work(units: list[Unit], title: str) -> list[Any]:
+        assert call.ledger is not None
+        prepare = partial(svm.open_sets, folder)
+        return pool.run(units, call.ledger, prepare=prepare, jobs=call.arguments.jobs, title=f"{name}: {title}")
+
+    try:
+        ready.write(folder)
+        if task == "svm":
+            return svm.measure(ready, call.sets["train"].classes, call.arguments.costs, work)
+        draws = {
+            (number, sample): drawn(call.sets["train"], train.rows, number, sample, call.arguments)
+            for number in call.shots
+            for sample in range(svm.SAMPLES)
+        }
+        return svm.measure_low_shot(ready, draws, call.arguments.costs, work)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def knn(name: str, train: Features, val: Features, call: Call) -> dict[str, Any]:
+    """k-NN, kept in the ledger like every fit."""
+    assert call.ledger is not None
+    unit = Unit(
+        {"features": [train.hash, val.hash], "task": "knn", "neighbors": NEIGHBORS, "temperature": TEMPERATURE},
+        partial(nearest_neighbors, train, val, call.device),
+        (),
+        size=1,
+    )
+    (found,) = pool.run([unit], call.ledger, prepare=no_preparation, jobs=1, title=f"{name}: k-NN")
+    return {"neighbors": found}
 
 
 def no_preparation() -> None:
@@ -375,9 +392,7 @@ def percent(hits: torch.Tensor) -> float:
     return 100 * int(hits.any(dim=1).sum()) / len(hits)
 
 
-def drawn(
-    train: Labeled, rows: np.ndarray, shots: int, sample: int, arguments: argparse.Namespace
-) -> svm.Targets:
+def drawn(train: Labeled, rows: np.ndarray, shots: int, sample: int, arguments: argparse.Namespace) -> svm.Targets:
     """A low-shot draw among the images that could be decoded."""
     if not arguments.samples:
         draw = svm.PROTOCOLS[arguments.protocol].draw
@@ -393,8 +408,9 @@ def drawn(
 # ------------------------------------------------------------------------------------------------ results
 
 
-def about(arguments: argparse.Namespace, sets: dict[str, Labeled], shots: Sequence[int]) -> dict[str, Any]:
+def about(call: Call) -> dict[str, Any]:
     """What all numbers of a call share."""
+    arguments = call.arguments
     packages = ["scikit-learn", "scipy"] if fits(arguments) else []
     return {
         "protocol": {
@@ -405,7 +421,7 @@ def about(arguments: argparse.Namespace, sets: dict[str, Labeled], shots: Sequen
             if svm.PROTOCOLS[arguments.protocol].has_difficult
             else "absent",
             "costs": arguments.costs,
-            "shots": list(shots),
+            "shots": call.shots,
             "draws": f"files of {arguments.samples}" if arguments.samples else f"ours, seed {arguments.seed}",
             "percent": "all scores are in percent",
         },
@@ -417,16 +433,16 @@ def about(arguments: argparse.Namespace, sets: dict[str, Labeled], shots: Sequen
                 "positives": dict(zip(one.classes, (one.targets == 1).sum(axis=0).tolist(), strict=True)),
                 "difficult": int((one.targets == -1).sum()),
             }
-            for split, one in sets.items()
+            for split, one in call.sets.items()
         },
         "versions": {**provenance.versions(), **{package: metadata.version(package) for package in packages}},
     }
 
 
-def checked_answers(result: dict[str, Any], arguments: argparse.Namespace) -> list[str]:
+def checked_answers(result: dict[str, Any], known_as: str) -> list[str]:
     """Compare with known answers: a line for each, all in the result under `check`; those that failed."""
     (network,) = result["networks"].values()
-    full, low_shot = ANSWERS[arguments.check]
+    full, low_shot = ANSWERS[known_as]
     rows = [("SVM", network["svm"]["map"], full, WITHIN[0])] if "svm" in network else []
     known = dict(zip(svm.SHOTS, low_shot, strict=True))
     for number, found in network.get("lowshot", {}).get("shots", {}).items():
@@ -437,7 +453,7 @@ def checked_answers(result: dict[str, Any], arguments: argparse.Namespace) -> li
         for what, got, expected, within in rows
     ]
     lines = [
-        f"{'pass' if row['passed'] else 'FAIL'} {row['what']}: {row['got']:.2f}, {arguments.check} has "
+        f"{'pass' if row['passed'] else 'FAIL'} {row['what']}: {row['got']:.2f}, {known_as} has "
         f"{row['expected']:.2f} ± {row['within']:.1f}"
         for row in result["check"]
     ]
@@ -476,12 +492,21 @@ def table(result: dict[str, Any]) -> str:
         lines += [f"SVMs by protocol {name}: not to be compared with voc07's.", ""]
     if found := {name: network["svm"] for name, network in networks.items() if "svm" in network}:
         classes = list(data["train"]["positives"])
-        lines += ["## SVM, average precision %", "", *head("", found), row("**mean**", (n["map"] for n in found.values()))]
+        lines += [
+            "## SVM, average precision %",
+            "",
+            *head("", found),
+            row("**mean**", (n["map"] for n in found.values())),
+        ]
         lines += [row(c, (network["ap"][c] for network in found.values())) for c in classes]
         lines += ["", "Cost of each class by cross-validation on the training set.", ""]
     if found := {name: network["lowshot"] for name, network in networks.items() if "lowshot" in network}:
         shots = list(next(iter(found.values()))["shots"])
-        lines += [f"## Low-shot SVM, mAP %, mean ± deviation of {svm.SAMPLES} samples", "", *head("network, cost", shots)]
+        lines += [
+            f"## Low-shot SVM, mAP %, mean ± deviation of {svm.SAMPLES} samples",
+            "",
+            *head("network, cost", shots),
+        ]
         for name, network in found.items():
             costs = result["protocol"]["costs"]
             best = "chosen on the test set" if len(costs) > 1 else f"{costs[0]:g}"
@@ -490,8 +515,8 @@ def table(result: dict[str, Any]) -> str:
                 if None not in cells and not (key == "at_cost_1" and len(costs) == 1):
                     said = f"| {name}, {said} | "
                     lines.append(said + " | ".join(f"{c['mean']:.2f} ± {c['std']:.2f}" for c in cells) + " |")
-        lines += ["", "A cost that is chosen on the test set is what published numbers have; no cost of 1 was chosen by "
-                  f"looking at it. Draws: {result['protocol']['draws']}.", ""]  # fmt: skip
+        note = "Published numbers have a cost that was chosen on the test set; the cost 1 was not."
+        lines += ["", f"{note} Draws: {result['protocol']['draws']}.", ""]
     if found := {name: network["knn"] for name, network in networks.items() if "knn" in network}:
         lines += ["## k-NN, top-1 % / top-5 %", "", *head("network", map(str, NEIGHBORS))]
         for name, network in found.items():
