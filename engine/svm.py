@@ -316,7 +316,7 @@ def cost_units(data: str, targets: Targets, costs: Sequence[float]) -> list[Unit
             {"data": data, "task": "cost", "class": number, "cost": cost},
             _cross_validate,
             (number, cost),
-            size=len(targets) * (8 + np.log2(cost)) if cost > 2**-6 else 2 * len(targets),
+            size=len(targets) * (0.5 + cost**0.5),
         )
         for number in range(targets.shape[1])
         for cost in costs
