@@ -143,7 +143,9 @@ def random_scenes(rng):
         return np.concatenate((low, low + size), axis=1).astype(np.float64)
 
     count, more = int(rng.integers(1, 12)), int(rng.integers(0, 8))
-    truth = Objects(rng.integers(0, images, count), rng.integers(0, 3, count), boxes(count), np.zeros(count, dtype=bool))
+    truth = Objects(
+        rng.integers(0, images, count), rng.integers(0, 3, count), boxes(count), np.zeros(count, dtype=bool)
+    )
     chosen = rng.integers(0, count, 2 * count)
     box = np.concatenate((truth.box[chosen] + rng.integers(-3, 4, (2 * count, 4)), boxes(more)))
     box[:, 2:] = np.maximum(box[:, 2:], box[:, :2] + 1)

@@ -97,9 +97,7 @@ def test_scale_and_flip_are_drawn_and_the_ink_stays_in_its_box(kit):
 
 
 def test_a_flip_mirrors_pixels_and_boxes_within_the_image(kit):
-    plain, mirror = (
-        train(scenes(kit, views=(FLIPS.model_copy(update={"flip": share}),)), 3) for share in (0.0, 1.0)
-    )
+    plain, mirror = (train(scenes(kit, views=(FLIPS.model_copy(update={"flip": share}),)), 3) for share in (0.0, 1.0))
     for one, other in zip(plain, mirror, strict=True):
         assert torch.equal(one.rows, other.rows) and torch.equal(one.label[:, 0], other.label[:, 0])
         for image, turned, said, now in zip(one.views[0], other.views[0], one.label, other.label, strict=True):
@@ -115,8 +113,13 @@ def test_a_flip_mirrors_pixels_and_boxes_within_the_image(kit):
 
 @pytest.mark.parametrize(
     ("height", "width", "side", "expected"),
-    [(375, 500, 800, (800, 1067)), (500, 375, 480, (640, 480)), (300, 1000, 800, (400, 1333)), (1, 3000, 480, (1, 1333))],
-)  # fmt: skip
+    [
+        (375, 500, 800, (800, 1067)),
+        (500, 375, 480, (640, 480)),
+        (300, 1000, 800, (400, 1333)),
+        (1, 3000, 480, (1, 1333)),
+    ],
+)
 def test_sizes(height, width, side, expected):
     assert resized(height, width, side, 1333) == expected
 
@@ -209,7 +212,9 @@ def test_who_stands_in_for_whom(kit, tree):
     assert of_crops["folder"] == "" and of_crops["scenes"] == "gives boxes"
     assert not loaders.load("scenes").Options.refuses(kit.with_name(f"{kit.name}#2007_test"))
     assert "expected splits of a PASCAL VOC" in loaders.load("scenes").Options.refuses(tree)
-    with pytest.raises(DataError, match="has no boxes, which data.backend=scenes gives; expected splits of a PASCAL VOC"):
+    with pytest.raises(
+        DataError, match="has no boxes, which data.backend=scenes gives; expected splits of a PASCAL VOC"
+    ):
         index_of(config("scenes", tree))
     on_noise = loaders.on_noise(scenes(kit), num_images=16, num_classes=3, side=40)
     assert on_noise.options.gives_boxes and take(open_train(on_noise), 1)[0].label.shape == (2, 2, 6)

@@ -90,20 +90,41 @@ BAD = {
     "no list": (remove("ImageSets/Main/trainval.txt"), "no such file; there are no lists at all; expected splits of a"),
     "empty list": (edit("ImageSets/Main/trainval.txt", "000007\n000002\n000011", ""), "names no image"),
     "listed twice": (edit("ImageSets/Main/trainval.txt", "000011", "000002"), "'000002': twice"),
-    "a path in a list": (edit("ImageSets/Main/trainval.txt", "000011", "../x"), "'../x': expected the name of an image"),
+    "a path in a list": (
+        edit("ImageSets/Main/trainval.txt", "000011", "../x"),
+        "'../x': expected the name of an image",
+    ),
     "an image more": (edit("ImageSets/Main/trainval.txt", "000011", "000012"), "has no line for 000012"),
-    "an odd line": (edit("ImageSets/Main/cat_trainval.txt", "000002  1", "000002  2"), "line 2: expected `<image> <1, 0"),
+    "an odd line": (
+        edit("ImageSets/Main/cat_trainval.txt", "000002  1", "000002  2"),
+        "line 2: expected `<image> <1, 0",
+    ),
     "no annotation": (remove("Annotations/000002.xml"), "cannot be read: No such file"),
     "not XML": (edit("Annotations/000002.xml", "</object>", ""), r"is not XML \(mismatched tag"),
     "an entity": (edit("Annotations/*.xml", "<annotation>", '<!DOCTYPE a [<!ENTITY b "c">]><annotation>'), "entities"),
-    "not a number": (edit("Annotations/000007.xml", "10.5", "ten"), r"object 2 \(cat\): expected numbers in bndbox/xmin"),
+    "not a number": (
+        edit("Annotations/000007.xml", "10.5", "ten"),
+        r"object 2 \(cat\): expected numbers in bndbox/xmin",
+    ),
     "not finite": (edit("Annotations/000007.xml", "10.5", "nan"), r"object 2 \(cat\): the box .* has no area"),
-    "no area": (edit("Annotations/000002.xml", "<xmax>25", "<xmax>4"), r"object 1 \(cat\): the box from \(5, 6\) to \(4, "),
-    "too wide": (edit("Annotations/000007.xml", "<xmax>60", "<xmax>61"), r"1 \(dog\): .* leaves the image of 60x40 pix"),
-    "from 0 on": (edit("Annotations/000007.xml", "<xmin>1<", "<xmin>0<"), r"object 1 \(dog\): the box from \(0, 1\) to"),
-    "unknown class": (edit("Annotations/000007.xml", "dog", "wolf"), "object 1: unknown class 'wolf'; expected one of cat"),
+    "no area": (
+        edit("Annotations/000002.xml", "<xmax>25", "<xmax>4"),
+        r"object 1 \(cat\): .* \(5, 6\) to \(4, 36\) has no",
+    ),
+    "too wide": (
+        edit("Annotations/000007.xml", "<xmax>60", "<xmax>61"),
+        r"1 \(dog\): .* leaves the image of 60x40 pix",
+    ),
+    "from 0 on": (
+        edit("Annotations/000007.xml", "<xmin>1<", "<xmin>0<"),
+        r"object 1 \(dog\): the box from \(0, 1\) to",
+    ),
+    "unknown class": (
+        edit("Annotations/000007.xml", "dog", "wolf"),
+        "object 1: unknown class 'wolf'; expected one of cat",
+    ),
     "no class": (edit("Annotations/000007.xml", "dog", ""), r"object 1 \(\): has no name"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BAD)

@@ -342,9 +342,7 @@ class Digit(NamedTuple):
     difficult: bool
 
 
-def scene(
-    number: int, pool: list[tuple[int, NDArray[np.float64]]], seed: int = 0
-) -> tuple[Image.Image, list[Digit]]:
+def scene(number: int, pool: list[tuple[int, NDArray[np.float64]]], seed: int = 0) -> tuple[Image.Image, list[Digit]]:
     """Picture `number`: one to four digits of a pool of (label, [8, 8] from 0 to 1), drawn one over the other.
 
     One that is more than half covered, or whose box has fewer than 16 x 16 pixels, is difficult; not all of them are.

@@ -42,12 +42,12 @@ def views_of(recipe: Recipe, backend: str, count: int) -> list[torch.Tensor]:
 
 
 def boxed(pixels: torch.Tensor, label: torch.Tensor, classes: list[str]) -> torch.Tensor:
-    """Whole images, uint8 [B, H, W, 3], with the boxes of their `label`, [B, 1 + M, 6], drawn in; thin where difficult."""
+    """Whole images, uint8 [B, H, W, 3], with the boxes of their `label` [B, 1 + M, 6]; thin if difficult."""
     for image, rows in zip(pixels, label, strict=True):
         for is_difficult in (0, 1):
             chosen = rows[(rows[:, 0] >= 0) & (rows[:, 5] == is_difficult)]
             names = [classes[int(number)] for number in chosen[:, 0]]
-            drawn = draw_bounding_boxes(image.permute(2, 0, 1), chosen[:, 1:5], names, width=2 - is_difficult)
+            drawn = draw_bounding_boxes(image.permute(2, 0, 1), chosen[:, 1:5], names, "lime", width=2 - is_difficult)
             image.copy_(drawn.permute(1, 2, 0))
     return pixels
 
