@@ -290,3 +290,20 @@ def test_digits_are_made_once(tmp_path, capsys):
     assert len(tree(tmp_path / "set")) == 40
     make_images.make("digits", tmp_path / "set")
     assert "is there already" in capsys.readouterr().out and len(tree(tmp_path / "set")) == 40
+
+
+def test_scenes_are_whole_or_not_there(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("sklearn")
+    out = tmp_path / "scenes"
+    monkeypatch.setattr(sys, "argv", ["make_images.py", "digit_scenes", str(out), "--limit", "10"])
+    assert make_images.main() == 0
+    files = tree(out)
+    assert len([name for name in files if name.endswith(".jpg")]) == 20 and len(files) == 2 * 20 + 2 * 11
+    assert make_images.main() == 0 and "is there already" in capsys.readouterr().out and tree(out) == files
+    monkeypatch.setattr(make_images, "annotation", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        make_images.make("digit_scenes", tmp_path / "again", limit=10)
+    (tmp_path / "other").mkdir()
+    with pytest.raises(DataError, match="holds no images in VOC2007"):
+        make_images.make("digit_scenes", tmp_path / "other", limit=10)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "scenes"]
