@@ -327,8 +327,8 @@ def _boxes(method: Method, data: DataConfig, index: Index, world: World, consens
 def _precise(
     count: int, method: Method, recipe: Recipe, indices: dict[str, Index], world: World, consensus: Consensus
 ) -> Iterator[None]:
-    """BatchNorm with the statistics of `count` training micro-batches, if any. Each rank measures the same ones, so that
-    their number is nowhere in the statistics."""
+    """BatchNorm with the statistics of `count` training micro-batches, if any. Each rank measures the same ones, so
+    that the number of ranks is nowhere in the statistics."""
     if not count:
         yield
         return

@@ -42,8 +42,8 @@ class BackboneConfig(Strict):
 
     @property
     def strides(self) -> tuple[int, ...]:
-        """Pixels of the image between neighbors of each map that `Backbone.maps` gives, finest first, each twice the one
-        before; empty where a network gives none."""
+        """Pixels of the image between neighbors of each map that `Backbone.maps` gives, finest first, each twice the
+        one before; empty where a network gives none."""
         return ()
 
     def check_side(self, side: int) -> None:

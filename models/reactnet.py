@@ -269,10 +269,7 @@ class ReActNet(Backbone):
             threshold = after.shift1.bias.flatten() if after is not None else None
             x, sign = block.fused(x, sign, weights[2 * number : 2 * number + 2], threshold)
         counters = [
-            buffer
-            for block in blocks
-            for name, buffer in block.named_buffers()
-            if name.endswith("num_batches_tracked")
+            buffer for block in blocks for name, buffer in block.named_buffers() if name.endswith("num_batches_tracked")
         ]
         torch._foreach_add_(counters, 1)
         return x

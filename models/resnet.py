@@ -76,7 +76,9 @@ class ResNet(Backbone):
     def maps(self, x: Tensor, until: int | None = None) -> dict[int, Tensor]:
         """See `Backbone.maps`: what the four layers give."""
         x, found = self.maxpool(self.relu(self.bn1(self.conv1(x)))), {}
-        for stride, layer in zip(self.config.strides, (self.layer1, self.layer2, self.layer3, self.layer4), strict=True):
+        for stride, layer in zip(
+            self.config.strides, (self.layer1, self.layer2, self.layer3, self.layer4), strict=True
+        ):
             if until is None or stride <= until:
                 found[stride] = x = layer(x)
         return found

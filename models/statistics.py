@@ -16,9 +16,9 @@ T = TypeVar("T")
 
 @torch.no_grad()
 def reestimate(network: nn.Module, batches: Iterable[T], run: Callable[[T], Any] | None = None) -> None:
-    """Give every BatchNorm that trains the mean over some batches of their means and variances, in place of the running
-    averages of training, which lag behind the weights ("precise BN", Wu and Johnson 2021, section 3). A sign sits on its
-    threshold: stale statistics flip it.
+    """Give every BatchNorm that trains the mean over some batches of their means and variances, in place of the
+    running averages of training, which lag behind the weights ("precise BN", Wu and Johnson 2021, section 3). A sign
+    sits on its threshold: stale statistics flip it.
 
     Modes and momenta are restored; a BatchNorm that does not train (frozen, or without statistics) is left alone.
 

@@ -142,13 +142,12 @@ def test_all_but_what_is_frozen_trains(neck, norm):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("neck", ["c4", "fpn"])
-def test_one_image_is_learned_by_heart(neck):
+def test_one_image_is_learned_by_heart():
     from engine.average_precision import Detections, Objects, detection_scores
 
     torch.manual_seed(0)
     backbone = {"arch": "reactnet", "width": 4, "multiples": (1, 2, 4, 8), "pooled_mlp": False}
-    method = build(neck=neck, rois=32, backbone=backbone)
+    method = build(rois=32, backbone=backbone)
     objects = [(1, 6, 6, 26, 30, 0), (0, 34, 10, 60, 44, 0), (2, 8, 36, 30, 62, 0)]
     image = 0.3 * torch.randn(1, 3, 64, 64)
     for number, (_, x1, y1, x2, y2, _) in enumerate(objects):

@@ -115,8 +115,7 @@ def main() -> int:
         raise RecipeError(f"{arguments.run}: no image was looked at")
     found = kept["detections"][kept["detections"][:, 2] > arguments.score]
     pictures = [
-        draw(str(kept["paths"][number]), found[found[:, 0] == images[number], 1:], kept["classes"])
-        for number in chosen
+        draw(str(kept["paths"][number]), found[found[:, 0] == images[number], 1:], kept["classes"]) for number in chosen
     ]
     picture = sheet(pictures)
     out.parent.mkdir(parents=True, exist_ok=True)

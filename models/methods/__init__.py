@@ -121,7 +121,7 @@ class Method(nn.Module):
 
     def outputs(self, features: Tensor) -> Tensor | None:
         """Features [B, D] of `evaluated` to the logits [B, C] that the loss compares as a distribution, over their
-        temperature: what the monitors measure the collapse of. None where the loss compares nothing of a whole image."""
+        temperature: what the monitors measure the collapse of. None where the loss compares nothing of whole images."""
         raise NotImplementedError
 
     def logits(self, images: Tensor) -> Tensor:
