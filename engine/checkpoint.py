@@ -261,8 +261,8 @@ def _take(module: nn.Module, config: MethodConfig, init: InitConfig, content: An
             _must_be_trained_as(target, network, _without(then, network, dropped), part, path)
     if unmatched:
         raise CheckpointError(
-            f"{path}: init.drop: no module '{unmatched[0]}' in {', '.join(init.load.values())}; drop names what the source "
-            "has and the network here has not"
+            f"{path}: init.drop: no module '{unmatched[0]}' in {', '.join(init.load.values())}; drop names what the "
+            "source has and the network here has not"
         )
 
 

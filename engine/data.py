@@ -27,8 +27,8 @@ TRAINED_ON = "trained_on"
 
 
 def open_indices(recipe: Recipe, world: World) -> dict[str, Index]:
-    """Index training images, and those of the evaluations: name (`train`, `held_out`, `val`, or the key of an evaluation
-    that has a set of its own, such as `evals.0.val`) -> index, the same on all ranks.
+    """Index training images, and those of the evaluations: name (`train`, `held_out`, `val`, or the key of an
+    evaluation that has a set of its own, such as `evals.0.val`) -> index, the same on all ranks.
 
     One process of each machine reads, the others map what it found.
 

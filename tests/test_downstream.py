@@ -102,7 +102,9 @@ def test_a_grid_says_what_it_cannot_do(tmp_path):
             tiny("linear_pre_fc.yaml", tmp_path, *more)
         return str(caught.value)
 
-    assert "data.hold_out: expected a share such as 0.1, to choose one of 2 classifiers by" in said("method.rates=[1, 2]")
+    assert "data.hold_out: expected a share such as 0.1, to choose one of 2 classifiers by" in said(
+        "method.rates=[1, 2]"
+    )
     assert "rates: expected different factors, got [1.0, 1.0]" in said("method.rates=[1, 1.0]", "data.hold_out=0.1")
     assert "method.rates.0: expected greater than 0" in said("method.rates=[0]", "data.hold_out=0.1")
     burn = ("method.trains=burn-release", "method.decays=[0, 1]", "data.hold_out=0.1")

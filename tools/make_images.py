@@ -16,8 +16,9 @@ quality 90. `cifar10` reads cifar-10-binary.tar.gz or cifar-10-python.tar.gz, `c
 (50,000 + 10,000 images each); both write JPEG of quality 95 with full color resolution, which every loader reads; --png
 keeps the exact pixels, for the loaders `folder` and `dali`. `photos` is for measuring loaders: pictures of ImageNet's
 sizes, detail and JPEG variants (about 480x400 pixels, 100 KB), mixed by a seeded generator from the two photographs in
-scikit-learn's wheel and noise; their classes mean nothing. `digit_scenes` are 600 + 150 pictures of one to four of scikit-learn's digits on clouds, by a seeded
-generator, with boxes: <out>#2007_trainval has the digits of `digits`' training images, <out>#2007_test the others.
+scikit-learn's wheel and noise; their classes mean nothing. `digit_scenes` are 600 + 150 pictures of one to four of
+scikit-learn's digits on clouds, by a seeded generator, with boxes: <out>#2007_trainval has the digits of `digits`'
+training images, <out>#2007_test the others.
 """
 
 import argparse
@@ -182,8 +183,8 @@ def cifar100(source: Path, png: bool) -> Iterator[Picture]:
             names = read(CIFAR_MOST).decode("ascii", "replace").split()
     if lacks := [name for name in (*CIFAR100_FILES, CIFAR100_NAMES) if name not in files]:
         raise DataError(
-            f"{source}: is CIFAR-100 as pickles, which can run code when they are read; expected the binary version; get "
-            f"{CIFAR100_URL}"
+            f"{source}: is CIFAR-100 as pickles, which can run code when they are read; expected the binary version; "
+            f"get {CIFAR100_URL}"
             if "train" in files
             else f"{source}: no {', '.join(lacks)} in it, expected the binary archive of CIFAR-100; get {CIFAR100_URL}"
         )

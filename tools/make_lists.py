@@ -140,7 +140,9 @@ def simclr(source: Path, imagenet: Path, classes: Path | None) -> list[Entry]:
             raise DataError(f"{source}: line {number}: expected a name such as n04235860_14959.JPEG, got {line[:80]!r}")
         wnid = match[1]
         if folder_of is not None and wnid not in folder_of:
-            raise DataError(f"{source}: line {number}: {wnid} is not in {classes}; expected the ids of all folders there")
+            raise DataError(
+                f"{source}: line {number}: {wnid} is not in {classes}; expected the ids of all folders there"
+            )
         folder = folder_of[wnid] if folder_of is not None else wnid
         entries.append(Entry(os.path.join(imagenet, "train", folder, line), wnid, source, number))
     check_there(entries)
@@ -192,7 +194,9 @@ def cub(source: Path) -> dict[str, list[Entry]]:
             raise DataError(f"{entry}: image {key} is not in {lacks}")
         label, split = labels[key][0], splits[key][0]
         if label not in names:
-            raise DataError(f"{source / 'image_class_labels.txt'}: line {labels[key][1]}: no class {label} in classes.txt")
+            raise DataError(
+                f"{source / 'image_class_labels.txt'}: line {labels[key][1]}: no class {label} in classes.txt"
+            )
         if split not in ("0", "1"):
             raise DataError(
                 f"{source / 'train_test_split.txt'}: line {splits[key][1]}: expected 1 for training or 0, got {split!r}"
@@ -203,7 +207,7 @@ def cub(source: Path) -> dict[str, list[Entry]]:
 
 
 def birdsnap(source: Path) -> dict[str, list[Entry]]:
-    """Birdsnap as it is distributed: of images.txt those that could be downloaded; tested on those of test_images.txt."""
+    """Birdsnap as it is distributed: of images.txt those that could be downloaded, test_images.txt for validation."""
     rows = lines_of(source / "images.txt")
     _, header = next(rows, (1, ""))
     columns = header.split("\t")
@@ -218,7 +222,9 @@ def birdsnap(source: Path) -> dict[str, list[Entry]]:
         folder = os.path.dirname(path)
         entry = Entry(os.path.join(source, "images", path), folder, source / "images.txt", number)
         if not folder or not number_of.isdecimal():
-            raise DataError(f"{entry}: expected `<species>/<image>` as path and a number as species_id, got {line[:80]!r}")
+            raise DataError(
+                f"{entry}: expected `<species>/<image>` as path and a number as species_id, got {line[:80]!r}"
+            )
         if species.setdefault(number_of, folder) != folder:
             raise DataError(f"{entry}: species {number_of} is in {folder}, and before in {species[number_of]}")
         entries[path] = entry
@@ -266,7 +272,9 @@ def files_of(source: Path) -> Index:
     """
     index = open_index(Path(os.path.abspath(source.expanduser())), Request(100_000_000))
     if index.pieces is not None:
-        raise DataError(f"{source}: its images are no files of their own; set data.hold_out in the run, which needs none")
+        raise DataError(
+            f"{source}: its images are no files of their own; set data.hold_out in the run, which needs none"
+        )
     if not index.is_labeled:
         raise DataError(f"{source}: has no labels of two classes or more, expected some to draw by")
     return index
@@ -281,8 +289,8 @@ def check_names(source: Path, index: Index) -> None:
     classes, _ = lists.number_classes(source, index.classes)
     if classes != index.classes:
         raise DataError(
-            f"{source}: its classes, {', '.join(index.classes[:3])}..., are numbers, which a list takes for labels from 0 "
-            "on; name the folders otherwise, or set data.hold_out in the run, which needs no list"
+            f"{source}: its classes, {', '.join(index.classes[:3])}..., are numbers, which a list takes for labels from "
+            "0 on; name the folders otherwise, or set data.hold_out in the run, which needs no list"
         )
 
 

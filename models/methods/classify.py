@@ -41,8 +41,8 @@ class Config(MethodConfig):
     by powers of ten, as those of small binary networks do."""
 
     rates: tuple[Factor, ...] = ()
-    """`linear`, `pre-fc`: train a classifier for each of these factors on `schedules.lr` in one pass, every one as if it
-    trained alone; `accuracy` evaluations choose the one that does best on the images of `data.hold_out`."""
+    """`linear`, `pre-fc`: train a classifier for each of these factors on `schedules.lr` in one pass, every one as if
+    it trained alone; `accuracy` evaluations choose the one that does best on the images of `data.hold_out`."""
     decays: tuple[Decay, ...] = ()
     """The same for factors on `schedules.weight_decay`: a classifier for each pair of a rate and a decay."""
 
