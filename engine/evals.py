@@ -192,7 +192,8 @@ def _choose(
         *found[split], _ = _percent(torch.stack(hits), images_seen)
     best = max(range(len(names)), key=found["held_out"].__getitem__)
     method.choose(best)
-    each = {f"{key}/{name}": value for key, values in found.items() for name, value in zip(names, values, strict=True)}
+    of_all = {"held_out": found["held_out"], "top1": found["val"]}
+    each = {f"{key}/{name}": value for key, values in of_all.items() for name, value in zip(names, values, strict=True)}
     return {"chosen": names[best], "held_out": found["held_out"][best], **each}
 
 

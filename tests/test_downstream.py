@@ -50,7 +50,7 @@ def test_each_classifier_is_the_one_that_trains_alone(more, tmp_path):
             assert torch.allclose(ours[key].double(), value.double(), rtol=0, atol=1e-12), key
         assert logged[f"loss/{NAMES[number]}"] == pytest.approx(of_one["loss"], abs=1e-12)
         alone_losses.append(of_one["loss"])
-    assert logged["loss"] == pytest.approx(sum(alone_losses), abs=1e-11)
+    assert logged["loss"] == pytest.approx(sum(alone_losses), rel=1e-6)  # meters are in float32
     weights = [linear.weight for linear in together.classifier.each]
     assert all(not torch.allclose(a, b, atol=1e-9) for n, a in enumerate(weights) for b in weights[:n])
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import loaders
 from engine.describe import describe
@@ -15,7 +16,7 @@ from loaders import DataError, subsets
 from loaders.config import Request
 from loaders.sources import open_index
 from loaders.synthetic_loader import noise
-from tests.images import write_tree
+from tests.images import jpeg, picture, write_tree
 from tests.loading import config, take
 from tests.processes import tool
 from tests.runs import rows, run
@@ -132,7 +133,7 @@ def call(monkeypatch, *words):
 
 def put(folder, *names):
     """Files of a picture's bytes."""
-    content = next(write_tree(folder / "one", count=1, classes=1).rglob("*.jpg")).read_bytes()
+    content = jpeg(Image.fromarray(picture(1, 40, 50)))
     for name in names:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -289,8 +289,8 @@ def check_names(source: Path, index: Index) -> None:
     classes, _ = lists.number_classes(source, index.classes)
     if classes != index.classes:
         raise DataError(
-            f"{source}: its classes, {', '.join(index.classes[:3])}..., are numbers, which a list takes for labels from "
-            "0 on; name the folders otherwise, or set data.hold_out in the run, which needs no list"
+            f"{source}: its classes, {', '.join(index.classes[:3])}..., are numbers, which a list takes for labels "
+            "from 0 on; name the folders otherwise, or set data.hold_out in the run, which needs no list"
         )
 
 
