@@ -41,13 +41,14 @@ def explain(
             given = problem["input"]
             shown = "" if isinstance(given, dict | list) or "got" in reason else f", got {given!r:.200}"
             text = reason[0].lower() + reason[1:] + shown
-        said.setdefault(key, f"{key}: {text}{origin(location)}")
+        said.setdefault(key, f"{key}: {text}{origin(location)}" if key else text)  # of all keys together
     return "; ".join(said.values())
 
 
 def _is_misspelled(problem: Any, model: type[BaseModel]) -> bool:
-    known = _fields(model, problem["loc"][:-1]) if problem["type"] == "extra_forbidden" else ()
-    return bool(_close(str(problem["loc"][-1]), known))
+    if problem["type"] != "extra_forbidden":
+        return False
+    return bool(_close(str(problem["loc"][-1]), _fields(model, problem["loc"][:-1])))
 
 
 def _location(loc: tuple[str | int, ...], content: Any) -> list[str | int]:

@@ -27,7 +27,7 @@ from loaders.config import PathText
 from models import methods
 from models.contract import Strict
 
-RENAMED = {"evals.*.neighbours": "neighbors", "knn.neighbours": "neighbors"}
+RENAMED = {"evals.*.neighbours": "neighbors", "tasks.*.measure.neighbours": "neighbors"}
 """Keys of older recipes -> what they are called now, `*` for any one name; such recipes still load."""
 
 
@@ -116,9 +116,8 @@ class EvalConfig(Strict):
     kind: Literal["knn", "ridge", "accuracy", "baselines", "signs", "detection"]
     """`knn`, `ridge`: what a classifier would see, by its nearest neighbors or by a linear classifier in closed form
     (`engine/ridge.py`). `baselines`: what a logistic regression makes of raw pixels, of the same network at random and
-    of the network,
-    and k-NN of raw pixels. `signs`: how many binary weights have another sign than in the network that `init` loaded;
-    it needs no images. `detection`: average precision of boxes by PASCAL VOC's rules."""
+    of the network, and k-NN of raw pixels. `signs`: how many binary weights have another sign than in the network that
+    `init` loaded; it needs no images. `detection`: average precision of boxes by PASCAL VOC's rules."""
     every: PositiveDuration = "10%"
     at_start: bool = False
     """Also before the first step: what was learned is what comes on top."""
@@ -396,7 +395,9 @@ def _cross_check(recipe: Recipe) -> dict[str, str]:
         if evaluation.split == "held_out" and recipe.data.hold_out is None:
             wrong[f"evals.{number}.split"] = "no images are held out, expected data.hold_out beside it"
         if recipe.chooses(evaluation) and recipe.data.hold_out is None:
-            wrong["data.hold_out"] = f"expected a share such as 0.1, to choose one of {len(method.choices)} classifiers by"
+            wrong["data.hold_out"] = (
+                f"expected a share such as 0.1, to choose one of {len(method.choices)} classifiers by"
+            )
     if recipe.data.options.gives_boxes != method.takes_boxes:
         fits = "with boxes" if method.takes_boxes else "with a class for each image"
         wrong["data.backend"] = f"{recipe.data.backend} does not fit method {method.name}, expected a back end {fits}"

@@ -13,10 +13,10 @@ PENALTIES = (10.0, 1.0, 1e-1, 1e-2, 1e-3, 1e-4)
 
 
 def ridge(train: Tensor, train_label: Tensor, query: Tensor, num_classes: int) -> Tensor:
-    """Least squares on one-hot labels with an L2 penalty, on standardized features in float64; the largest output wins.
+    """Least squares on one-hot labels with an L2 penalty, on standardized features in float64: the largest output wins.
 
-    The penalty is the one of `PENALTIES` that does best on a tenth of the training features (a fixed draw), the stronger
-    of two that are equal; then all of them are fitted with it.
+    The penalty is the one of `PENALTIES` that does best on a tenth of the training features (a fixed draw), the
+    stronger of two that are equal; then all of them are fitted with it.
 
     Args:
         train, query: features [N, D] and [M, D]; N of at least 2.
@@ -46,11 +46,14 @@ def least_squares(features: Tensor, label: Tensor, num_classes: int) -> Callable
     and biases [C, D + 1]. What all penalties share is computed once."""
     target = F.one_hot(label, num_classes).to(features.dtype)
     mean, share = features.mean(dim=0), target.mean(dim=0)
-    centered = features - mean
-    gram, moment = centered.T @ centered / len(features), centered.T @ (target - share) / len(features)
+    centered, count = features - mean, len(features)
+    is_wide = features.shape[1] > count  # the same minimum by the smaller of the two matrices
+    product = (centered @ centered.T if is_wide else centered.T @ centered) / count
+    right = (target - share) / count if is_wide else centered.T @ (target - share) / count
 
     def solve(penalty: float) -> Tensor:
-        weight = torch.linalg.solve(gram + penalty * torch.eye(len(gram)).to(gram), moment).T  # [C, D]
+        found = torch.linalg.solve(product + penalty * torch.eye(len(product)).to(product), right)
+        weight = (centered.T @ found if is_wide else found).T  # [C, D]
         return torch.cat((weight, (share - weight @ mean)[:, None]), dim=1)
 
     return solve

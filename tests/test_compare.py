@@ -1,6 +1,5 @@
-"""Tables of methods: what they refuse, what they plan, how they choose, and ones that run, fail in one row, stop and continue."""
+"""Tables of methods: what they refuse, plan and choose, and ones that run, fail in one row, stop and continue."""
 
-import dataclasses
 import itertools
 import json
 import shlex
@@ -8,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +18,6 @@ from engine.results import scores, table
 from engine.results.chain import Run, evaluated_part, forwards, network_at
 from engine.results.scores import Difference, Entry, Outcome, t_quantile, t_share
 from engine.results.table import Plan
-from engine.schedules import Horizon
 from tests.processes import PATIENCE, start_process, tool
 from tests.runs import run as run_recipe
 from tests.tiny import ROOT, TABLES, tiny
@@ -122,12 +121,15 @@ def write(path, **changes):
         ({"rows": [{"name": "A b", "stages": ["a"]}, {"name": "a-b", "stages": ["a"]}]}, "two rows are named"),
         ({"rows": [{"name": "teacher", "stages": ["a"]}]}, "a row needs a name with letters a-z or digits"),
         ({"rows": [{"name": "ü", "stages": ["a"]}]}, "other than teacher, stage1, measured and tries; got 'ü'"),
-        ({"tasks": [{"name": "Stage 1"}]}, "a task needs a name .* got 'Stage 1'"),
+        ({"tasks": [{"name": "Stage1"}]}, "a task needs a name .* got 'Stage1'"),
         ({"rows": [{"name": "A"}]}, "expected one of stages, from and pixels"),
         ({"rows": [{"name": "A", "pixels": True, "from": "x"}]}, "expected one of stages, from and pixels"),
         ({"rows": [{"name": "A", "stages": {"T": ["a"]}}]}, "row A: stages: 'T', expected one of"),
         ({"pairs": [["A", "B"]]}, "pairs: 'B', expected one of 'A'"),
-        ({"expect": [{"row": "A", "over": "A", "by": 1, "task": "x"}]}, "expect: 'x', expected one of 'linear', 'k-NN'"),
+        (
+            {"expect": [{"row": "A", "over": "A", "by": 1, "task": "x"}]},
+            "expect: 'x', expected one of 'linear', 'k-NN'",
+        ),
         ({"tasks": [{**KNN, "grid": {"a": [1]}}]}, "grid: expected without measure"),
         ({"grid": {"schedules.lr": [1, 2]}}, "tries: missing"),
         ({"grid": {"schedules.lr": [1, 2]}, "tries": 9, "judge": "linear"}, "judge: expected a task with measure"),
@@ -200,8 +202,9 @@ def test_rows_run_under_each_teacher(tmp_path):
     chains = {chain.key: chain for chain in plan.chains()}
     needs = {chain.name: [name for name, _ in chain.needs] for chain in chains.values()}
     assert needs == {
-        "teacher T2": [], "teacher T1": [], "BURN, T2": ["teacher T2"], "BURN, T1": [], "S2, T2": ["teacher T2"], "BYOL": [],
-    }  # fmt: skip
+        **{"teacher T2": [], "teacher T1": [], "BURN, T1": [], "BYOL": []},
+        **{"BURN, T2": ["teacher T2"], "S2, T2": ["teacher T2"]},
+    }
     trained, measured = (run.recipe() for run in chains["teacher T2", 0].make())
     assert trained.run.duration == "7it" and measured.init[0].source == str(trained.folder)
     (brought,) = (run.recipe() for run in chains["teacher T1", 0].make())
@@ -285,9 +288,13 @@ def quickly(monkeypatch):
     return SimpleNamespace(call=call, ran=ran)
 
 
-def test_a_table_chooses_rates_runs_tasks_and_runs_nothing_twice(tmp_path, quickly, capsys):
-    quick = str(ROOT / "recipes/quick/supervised.yaml")
-    few = ["method.num_classes=4"]
+def test_a_table_chooses_rates_runs_tasks_and_runs_nothing_twice(tmp_path, quickly, monkeypatch, capsys):
+    quick = str(tmp_path / "small.yaml")
+    network = "{arch: reactnet, width: 2, multiples: [1, 2, 4, 4], stem_stride: 2}"
+    base = ROOT / "recipes/quick/supervised.yaml"
+    Path(quick).write_text(f"base: {base}\nmethod: {{backbone: {network}, num_classes: 4}}\n")
+    monkeypatch.setattr(table, "RANDOM_STEPS", 2)
+    few = ["method.num_classes=4", "run.device=cpu"]
     path = write(
         tmp_path / "t.yaml",
         views=48,
@@ -322,7 +329,11 @@ def test_a_table_chooses_rates_runs_tasks_and_runs_nothing_twice(tmp_path, quick
         recipe = (tmp_path / f"out/trained/seed{seed}/stage1/recipe.yaml").read_text()
         assert f"start: {tries['chosen']['schedules.lr.start']}\n" in recipe and "hold_out: null" in recipe
     assert trained["seeds"]["0"]["scores"].keys() == {"ridge", "k-NN", "semi"}
-    assert trained["seeds"]["1"]["scores"].keys() == {"ridge", "k-NN"} == record["rows"]["pixels"]["seeds"]["0"]["scores"].keys()
+    assert (
+        trained["seeds"]["1"]["scores"].keys()
+        == {"ridge", "k-NN"}
+        == record["rows"]["pixels"]["seeds"]["0"]["scores"].keys()
+    )
     assert trained["seeds"]["0"]["views"] == 48 and trained["choices"]["semi"]["on"] == "held_out"
     (pair,) = (pair for pair in record["pairs"] if pair["task"] == "ridge")
     assert len(pair["values"]) == 1 and pair["interval"] is None

@@ -3,10 +3,10 @@
     python tools/compare.py recipes/tables/fashion.yaml --jobs 2
     python tools/compare.py recipes/tables/imagenet.yaml --launcher "torchrun --nproc_per_node=8"
 
-Rates are tried on held-out training images before the rows run, where the table says so. Stopped at any time (Ctrl-C), it
-continues where it left off when started again. It runs nothing that tools/train.py could not run one by one: `--plan`
-prints those commands. Exit codes: 0 done; 1 a run failed, the other rows are done, or a difference that the table expects
-is not there; 2 bad input; 75 stopped, start it again.
+Rates are tried on held-out training images before the rows run, where the table says so. Stopped at any time (Ctrl-C),
+it continues where it left off when started again. It runs nothing that tools/train.py could not run one by one:
+`--plan` prints those commands. Exit codes: 0 done; 1 a run failed, the other rows are done, or a difference that the
+table expects is not there; 2 bad input; 75 stopped, start it again.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from engine.provenance import environment
 from engine.recipe import Recipe
 from engine.results import figures, runs, scores, table
 from engine.results.chain import Chain, Run, check
-from engine.results.scores import Difference, Entry, Outcome
+from engine.results.scores import Entry, Outcome
 from engine.results.table import Plan
 from loaders.files import aside, check_writable
 
@@ -63,7 +63,8 @@ class Left:
         if not run.is_done():
             self._todo[folder] = kind, amount
         elif not run.tasks:
-            self._known.setdefault(kind, []).append(runs.metrics(folder)[-1].get("seconds", 0.0) / amount)
+            took = [row["seconds"] for row in runs.metrics(folder) if "seconds" in row]
+            self._known.setdefault(kind, []).append(took[-1] / amount)
 
     def done(self, run: Run, seconds: float) -> None:
         """It has taken so long."""
@@ -72,30 +73,41 @@ class Left:
             self._todo.pop(run.recipe().folder, None)
             self._known.setdefault(kind, []).append(seconds / amount)
 
+    def _each(self, kind: Any) -> list[float]:
+        """Seconds for an amount of 1, of runs of this kind or else of others that answer, or train, too."""
+        if kind in self._known:
+            return self._known[kind]
+        alike = [k for k in self._known if k[1] == kind[1]] or [k for k in self._known if bool(k[1]) == bool(kind[1])]
+        return [seconds for k in alike for seconds in self._known[k]]
+
+    def _each(self, kind: Any) -> list[float]:
+        """Seconds for an amount of 1, of runs of this kind, or else of others that answer the same or train, too."""
+        if kind in self._known:
+            return self._known[kind]
+        alike = [known for known in self._known if known[1] == kind[1]]
+        return [seconds for known in alike for seconds in self._known[known]]
+
     def seconds(self, running: dict[Path, float], jobs: int) -> float | None:
         """Seconds until all is done; None while nothing like it has been measured.
 
         Args:
             running: run folder -> seconds that this run itself expects.
         """
+        total = 0.0
         with self._lock:
-            total = 0.0
             for folder, (kind, amount) in self._todo.items():
-                found = self._known.get(kind) or [s for (_, asks), k in self._known.items() if asks == kind[1] for s in k]
-                if folder in running:
-                    total += running[folder]
-                elif found:
-                    total += statistics.fmean(found) * amount
-                else:
+                each = self._each(kind)
+                if folder not in running and not each:
                     return None
+                total += running[folder] if folder in running else statistics.fmean(each) * amount
         return total / jobs
 
 
-def _kind(run: Run) -> tuple[tuple[Path, bool], float]:
+def _kind(run: Run) -> tuple[Any, float]:
     """Runs whose time grows with their length alone, and that length."""
     recipe = run.recipe()
     length = float(recipe.run.duration[:-2])
-    return (run.path, bool(run.tasks)), length * recipe.data.batch_size if recipe.run.duration.endswith("it") else length
+    return (run.path, run.tasks), length * recipe.data.batch_size if recipe.run.duration.endswith("it") else length
 
 
 class Pool:
@@ -154,7 +166,9 @@ class Pool:
 
     def _time_left(self) -> str:
         newest = {folder: _newest(folder) for _, folder, _ in list(self.running.values())}
-        seconds = self.left.seconds({f: row["eta_seconds"] for f, row in newest.items() if "eta_seconds" in row}, self.jobs)
+        seconds = self.left.seconds(
+            {f: row["eta_seconds"] for f, row in newest.items() if "eta_seconds" in row}, self.jobs
+        )
         return "" if seconds is None else f", about {duration(seconds)} left"
 
     def _work(self, number: int) -> None:
@@ -166,7 +180,13 @@ class Pool:
             try:
                 if lacks := [need for need in chain.needs if need in self._failed]:
                     name, seed = lacks[0]
-                    which = "its teacher" if name != chain.name else "its tries" if isinstance(seed, str) else f"seed {seed}"
+                    which = (
+                        "its teacher"
+                        if name != chain.name
+                        else "its tries"
+                        if isinstance(seed, str)
+                        else f"seed {seed}"
+                    )
                     raise ChainError(f"{chain.title}: {which} failed")
                 self._run_chain(chain, number)
                 failed = False
@@ -283,7 +303,8 @@ def asked(spec: table.Table) -> list[str]:
         else:
             how = {"knn": f"{task.measure.neighbors} nearest neighbors by cosine", "ridge": "linear in closed form"}
             centered = ", centered" if task.measure.center else ""
-            what = f"{how.get(task.measure.kind, task.measure.kind)}{centered}, of {LAYERS[task.layer]}; images of {recipe}"
+            said = how.get(task.measure.kind, task.measure.kind)
+            what = f"{said}{centered}, of {LAYERS[task.layer]}; images of {recipe}"
         chosen = {"held_out": "held-out training images", "val": "the images that are measured"}[task.chosen_on]
         found.append(f"{task.name}: {what}" + (f"; chosen on {chosen}" if task.grid else ""))
     return found
@@ -334,17 +355,20 @@ def main() -> int:
     if given and not only:
         raise RecipeError(f"--only: expected some of {', '.join(map(repr, names))}, got only overrides")
     # Another budget is another table.
-    budget = next((f"_{changes[key]}" for key in ("views", "images") if changes.get(key, getattr(spec, key)) != getattr(spec, key)), "")
+    now = spec.model_copy(update=changes)
+    budget = "" if (now.views, now.images) == (spec.views, spec.images) else f"_{now.views or now.images}"
     out = arguments.out or Path("runs") / f"table_{arguments.table.stem}{budget}"
     extra = [*arguments.override, *(word for word in given if word not in only)]
-    plan = Plan(spec.model_copy(update=changes), arguments.table, out, extra)
+    plan = Plan(now, arguments.table, out, extra)
     chains = plan.chains(only)
     if arguments.plan:
         print(commands(plan, chains, launcher))
         return 0
     figures.pyplot()
     check_writable(out / "table.md")
-    check((chain for chain in chains if chain.seed in (0, "tries")), plan.kinds)  # the others differ in their seed alone
+    check(
+        (chain for chain in chains if chain.seed in (0, "tries")), plan.kinds
+    )  # the others differ in their seed alone
 
     pool = Pool(plan, chains, launcher, min(arguments.jobs, len(chains)))
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -364,9 +388,7 @@ def main() -> int:
     return 1 if pool.failures or lacking else 0
 
 
-def write(
-    plan: Plan, results: dict[tuple[str, int | str], Outcome], *, figure: bool = False
-) -> tuple[str, list[str]]:
+def write(plan: Plan, results: dict[tuple[str, int | str], Outcome], *, figure: bool = False) -> tuple[str, list[str]]:
     """Write the table as Markdown, as JSON and, if asked, as a figure.
 
     Args:
@@ -421,14 +443,20 @@ def heading(spec: table.Table, entries: list[Entry]) -> str:
     lines = [f"# {spec.title}", "", f"Every row trains on {budget}; {seeds} seed(s), mean ± standard deviation.", ""]
     lines += [f"- {text}" for text in asked(spec)]
     if spec.tries:
-        cells = len(table.cells(spec.grid)) or 1
-        lines += ["", f"Rates: {cells} cells a row, {spec.tries:,} views each, one seed, the best by {spec.judging.name} on "
-                  f"{table.HELD_OUT:.0%} of the training images that the tries do not train on."]  # fmt: skip
-        for entry in entries:
-            for name, choice in entry.choices.items():
-                tried = ", ".join(f"{cell['cell']}: {cell['score']:.1f}" for cell in choice["cells"])
-                lines.append(f"- {entry.name}, {name}: {choice['chosen']} ({tried})")
+        cells, share = len(table.cells(spec.grid)), f"{table.HELD_OUT:.0%}"
+        rates = f"Rates: {cells} cells a row, {spec.tries:,} views each, one seed, the best by {spec.judging.name} on"
+        lines += ["", f"{rates} {share} of the training images that the tries do not train on."]
+    chosen = [(entry.name, name, choice) for entry in entries for name, choice in entry.choices.items()]
+    lines += ["", "Chosen, and what every cell scored:", ""] if chosen else []
+    for row, name, choice in chosen:
+        on = {"held_out": "held-out training images", "val": "the images that are measured"}[choice["on"]]
+        tried = ", ".join(f"{_said(cell['cell'])}: {cell['score']:.1f}" for cell in choice["cells"])
+        lines.append(f"- {row}, {name}: {_said(choice['chosen'])} by {choice['judge']} on {on} ({tried})")
     return "\n".join(lines) + "\n"
+
+
+def _said(cell: dict[str, Any]) -> str:
+    return " ".join(f"{key}={value}" for key, value in cell.items())
 
 
 def unmet(spec: table.Table, entries: list[Entry]) -> list[str]:

@@ -18,6 +18,7 @@ from engine.recipe import Recipe
 from engine.results.runs import metrics
 from models import backbones, methods, weights
 from models.contract import BackboneConfig
+from models.methods import MethodConfig
 
 
 class Run(NamedTuple):
@@ -32,25 +33,30 @@ class Run(NamedTuple):
 
     def recipe(self) -> Recipe:
         """The resolved recipe."""
-        return _resolved(self.path, tuple(self.overrides))
+        return _resolved(self.path, tuple(self.overrides))[0]
 
     def is_done(self) -> bool:
         """Whether it has reached its end with exactly this recipe."""
-        recipe = self.recipe()
+        recipe, text = _resolved(self.path, tuple(self.overrides))
         kept = recipe.folder / "recipe.yaml"
-        if not kept.exists() or kept.read_text(encoding="utf-8") != recipe.dump():
+        if not kept.exists() or kept.read_text(encoding="utf-8") != text:
             return False
         newest, _ = checkpoint.latest(recipe.folder / "checkpoints")
-        if newest is None:
-            return False
-        state = checkpoint.load(newest)
-        return state["step"] == state["total_steps"] and not state.get("due_evals")
+        return newest is not None and _is_last(newest)
 
 
-@functools.lru_cache(maxsize=4096)
-def _resolved(path: Path, overrides: tuple[str, ...]) -> Recipe:
-    """A chain asks for the same recipes again and again; a file that is changed meanwhile counts at the next start."""
-    return recipes.load(path, overrides)
+@functools.lru_cache(maxsize=8192)
+def _resolved(path: Path, overrides: tuple[str, ...]) -> tuple[Recipe, str]:
+    """A recipe, and as text. Chains ask again and again; a file that is changed meanwhile counts at the next start."""
+    recipe = recipes.load(path, overrides)
+    return recipe, recipe.dump()
+
+
+@functools.lru_cache(maxsize=8192)
+def _is_last(path: Path) -> bool:
+    """Whether a checkpoint, whose name has its hash, is the end of its run."""
+    state = checkpoint.load(path)
+    return bool(state["step"] == state["total_steps"] and not state.get("due_evals"))
 
 
 class Chain(NamedTuple):
@@ -91,8 +97,8 @@ class Chain(NamedTuple):
 
 
 def check(chains: Iterable[Chain], wanted: Callable[[Run], Iterable[str]] = lambda _: ()) -> None:
-    """See that every run of these chains would start, before the first does; of a grid, that of its first cell, and that
-    the others are recipes.
+    """See that every run of these chains would start, before the first does; of a grid, that of its first cell, and
+    that the others are recipes.
 
     Args:
         wanted: run -> kinds of evaluations whose scores are read from it.
@@ -127,7 +133,7 @@ def check(chains: Iterable[Chain], wanted: Callable[[Run], Iterable[str]] = lamb
 
 def forwards(recipe: Recipe) -> int:
     """Views of one image that the network which is evaluated runs in training: what an image costs of a budget."""
-    return len(recipe.data.views[: methods.on_meta(recipe.method).views_per_backbone])
+    return len(recipe.data.views[: _of_method(type(recipe.method), recipe.method.model_dump_json())[1]])
 
 
 def baselines(folder: Path) -> dict[str, float]:
@@ -207,5 +213,12 @@ def init_from(*sources: tuple[Any, ...]) -> str:
 
 def evaluated_part(recipe: Recipe) -> str:
     """The name of the part of a method that is evaluated, which is also its key in the recipe."""
-    method = methods.on_meta(recipe.method)
-    return next(name for name, part in method.named_children() if part is method.evaluated)
+    return _of_method(type(recipe.method), recipe.method.model_dump_json())[0]
+
+
+@functools.lru_cache(maxsize=1024)
+def _of_method(config: type[MethodConfig], keys: str) -> tuple[str, int | None]:
+    """The part of a method that is evaluated, and the views that it runs; building it is what takes time."""
+    method = methods.on_meta(config.model_validate_json(keys))
+    part = next(name for name, part in method.named_children() if part is method.evaluated)
+    return part, method.views_per_backbone

@@ -67,8 +67,8 @@ def draw_comparison(
     pairs: Sequence[Difference],
     curves: dict[str, list[Path]],
 ) -> None:
-    """Draw a table of methods: the scores of each task, differences of pairs with their intervals, and two monitors over
-    training.
+    """Draw a table of methods: the scores of each task, differences of pairs with their intervals, and two monitors
+    over training.
 
     Args:
         out: PNG file.

@@ -90,7 +90,7 @@ class Difference(NamedTuple):
 
 
 def differences(entries: Sequence[Entry], pairs: Sequence[tuple[str, str]], tasks: Sequence[str]) -> list[Difference]:
-    """First minus second of every pair of rows, under each teacher that both have; a row without one stands against all."""
+    """First minus second of every pair of rows, under each teacher that both have; one without stands against all."""
     found = []
     for first, second in pairs:
         for a in (entry for entry in entries if entry.row == first):
@@ -121,7 +121,7 @@ def t_quantile(freedom: int, confidence: float = 0.95) -> float:
 
 
 def t_share(t: float, freedom: int) -> float:
-    """The share of Student's distribution between -t and t: a finite sum (Abramowitz and Stegun 1964, 26.7.3, 26.7.4)."""
+    """The share of Student's distribution between -t and t: a finite sum (Abramowitz and Stegun 1964, 26.7.3 and 4)."""
     angle = math.atan2(t, math.sqrt(freedom))
     sine, cosine = math.sin(angle), math.cos(angle)
     is_odd = freedom % 2

@@ -1,4 +1,4 @@
-"""A table of methods as data: which recipes make each row, what is asked of the result, and what has to run for that."""
+"""A table of methods as data: which recipes make each row, what is asked of the result, what has to run for that."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Task(Strict):
     """Without `measure`: the evaluation of the recipe whose last score is the result."""
     score: str = "top1"
     """Which of its numbers."""
-    grid: Grid = {}
+    grid: Grid = Field(default={})
     """Cells that seed 0 tries; all seeds use the best."""
     chosen_on: Literal["held_out", "val"] = "held_out"
     """`held_out`: the cells learn from nine tenths of the labeled images and are measured on the rest; the best one
@@ -96,8 +96,8 @@ class Row(Strict):
 
     name: str = Field(min_length=1)
     stages: tuple[str, ...] | dict[str, tuple[str, ...]] = ()
-    """Recipes that run one after the other, as paths from the table's folder; or teacher -> such recipes, for a row under
-    each of them."""
+    """Recipes that run one after the other, as paths from the table's folder; or teacher -> such recipes, for a row
+    under each of them."""
     overrides: tuple[str, ...] = ()
     """Overrides of all of them."""
     random: bool = False
@@ -110,7 +110,7 @@ class Row(Strict):
     """Instead of stages: raw pixels, of which only `measure` asks anything."""
     budget: float = Field(default=1.0, gt=0)
     """Times the table's."""
-    grid: Grid = {}
+    grid: Grid = Field(default={})
     """Instead of the table's, with as many cells."""
     seeds: int | None = Field(default=None, ge=1)
     """Instead of the table's; by default 1 where nothing is trained."""
@@ -161,12 +161,12 @@ class Table(Strict):
     """Instead of `views`: the budget in training images, whatever a method does with each."""
     seeds: int = Field(ge=1)
     """How many, from 0."""
-    teachers: dict[str, Teacher] = {}
+    teachers: dict[str, Teacher] = Field(default={})
     """Measured on top, as far as nothing has to be trained for that."""
     probe: str
     """The linear evaluation; also the images and the view of what is measured."""
     tasks: tuple[Task, ...] = Field(min_length=1)
-    grid: Grid = {}
+    grid: Grid = Field(default={})
     """Rates that every row tries, with seed 0; never on validation images."""
     tries: int | None = Field(default=None, ge=1)
     """Views (or images) of each try."""
@@ -444,8 +444,8 @@ class Plan:
     ) -> Iterator[Run]:
         """The runs that train a row; with a cell those that try it, in their folder.
 
-        `init` entries that name the default run folder of a teacher or of an earlier stage are pointed to where that one
-        is here; all others stay.
+        `init` entries that name the default run folder of a teacher or of an earlier stage are pointed to where that
+        one is here; all others stay.
         """
         row, is_try = variant.row, cell is not None
         folder = place or self.folder(variant) / f"seed{seed}"
@@ -590,7 +590,7 @@ class Plan:
             kept = [evaluation for evaluation in recipe.evals if evaluation.kind == task.evaluation]
             more = [f"data.hold_out={HELD_OUT}", _evals(kept, split="held_out")]
         return [
-            self._answering(task, network, folder, str(number), 0, [], *_changes(cell), *more)._replace(cell=number)
+            self._answering(task, network, folder, f"cell{number}", 0, [], *_changes(cell), *more)._replace(cell=number)
             for number, cell in enumerate(cells(task.grid))
         ]
 
