@@ -236,7 +236,8 @@ def would_fit(module: nn.Module, config: MethodConfig, init: InitConfig, source:
 
 
 def _take(module: nn.Module, config: MethodConfig, init: InitConfig, content: Any, path: Path) -> None:
-    parts = weights.split(content, path)
+    is_whole = set(init.load.values()) == {weights.WHOLE}
+    parts = {weights.WHOLE: weights.whole(content, path)} if is_whole else weights.split(content, path)
     children = dict(module.named_children())
     unmatched = list(init.drop)
     for target, part in init.load.items():

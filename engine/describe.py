@@ -89,6 +89,8 @@ def _parameters(recipe: Recipe, method: methods.Method) -> list[str]:
 
 
 def _cost(recipe: Recipe, method: methods.Method, images: float | None) -> list[str]:
+    if recipe.data.teacher_cache is not None:
+        delattr(method, recipe.method.cacheable)  # it is not run
     lines = ["", f"{'forward of one view':24}{'float GMACs':>14}{'binary GMACs':>14}{'OPs (1e9)':>11}"]
     sizes = [view.size for view in recipe.data.views]
     for part in cost.parts(method, sizes):

@@ -17,6 +17,7 @@ from types import FrameType
 from typing import ClassVar, TextIO, TypeVar
 
 from loaders import DataError, LoaderError
+from models.contract import NetworkError
 from models.weights import WeightsError
 
 E = TypeVar("E", bound=BaseException)
@@ -292,5 +293,5 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-KNOWN = (EngineError, DataError, LoaderError, WeightsError)
+KNOWN = (EngineError, DataError, LoaderError, NetworkError, WeightsError)
 """All that a tool turns into one line and `exit_code`; anything else is a defect and shows its traceback."""

@@ -333,7 +333,8 @@ def _precise(
     if not count:
         yield
         return
-    data, zeros = recipe.data, {name: torch.zeros((), device=world.device) for name in recipe.method.schedules}
+    data = recipe.data.model_copy(update={"teacher_cache": None})
+    zeros = {name: torch.zeros((), device=world.device) for name in recipe.method.schedules}
     before = [buffer.clone() for buffer in method.buffers()]
 
     def measure() -> None:

@@ -8,7 +8,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
-from engine import checkpoint, optim
+from engine import checkpoint, optim, teacher_cache
 from engine.data import open_here, roots_of
 from engine.errors import KNOWN, CheckpointError, first_line
 from engine.folder import unwritable
@@ -52,8 +52,14 @@ def missing(recipe: Recipe, *, resumes: bool = False) -> list[Problem]:
                 problems.append(Problem(key, text))
             elif not lacks and (why := data.options.refuses(Path(root))):
                 problems.append(Problem(key, why))
+    if data.teacher_cache is not None and not Path(data.teacher_cache).is_dir():
+        text = f"no folder {data.teacher_cache}; make it with tools/cache_teacher.py, or set data.teacher_cache=null"
+        problems.append(Problem("data.teacher_cache", text))
     if why := unwritable(recipe):
         problems.append(Problem("run.folder", why))
+    for name, network in recipe.method.networks.items():
+        if why := network.missing():
+            problems.append(Problem(f"method.{name}", why))
     on_gpu = run.device != "cpu" and torch.cuda.is_available()
     compiled = {"run.compile": (run.compile, "false"), "run.kernels": (on_gpu and run.kernels == "fused", "torch")}
     for key, (is_compiled, instead) in compiled.items():
@@ -99,10 +105,12 @@ def look(recipe: Recipe, *, resumes: bool = False, allow_changes: bool = False) 
     has_data = lacks.isdisjoint({"data.backend", *roots_of(recipe)})
     indices = ask(lambda: open_here(recipe)) if has_data else None
     ask(lambda: optim.build(recipe.optim, method))
+    if recipe.data.teacher_cache and indices is not None and "data.teacher_cache" not in lacks:
+        ask(lambda: teacher_cache.check(recipe, method, indices["train"]))  # all but the weights
     newest = ask(lambda: newest_checkpoint(recipe, resume=resumes))
     if newest is None:
         for number, init in enumerate(recipe.init):
-            if f"init.{number}.from" not in lacks:
+            if lacks.isdisjoint({f"init.{number}.from", *(f"method.{part}" for part in init.load)}):
                 ask(lambda init=init: checkpoint.initialize(method, recipe.method, init))  # type: ignore[misc]
     elif indices is not None:
         ask(lambda: _check_resume(recipe, newest, indices, allow_changes))
@@ -112,5 +120,6 @@ def look(recipe: Recipe, *, resumes: bool = False, allow_changes: bool = False) 
 def _check_resume(recipe: Recipe, path: Path, indices: dict[str, Index], allow_changes: bool) -> None:
     state = checkpoint.load(path)
     then = state["identity"]  # ranks and device are the start's to know
-    now = identity(recipe, then["world_size"], then.get("device", "cpu"), indices, stream_version(state, path))
+    places = then["world_size"], then.get("device", "cpu")
+    now = identity(recipe, *places, indices, stream_version(state, path), teacher_cache.identity(recipe))
     check_identity(state, path, now, allow_changes=allow_changes)

@@ -407,9 +407,18 @@ def _cross_check(recipe: Recipe) -> dict[str, str]:
     for name in method.schedules:  # λ, momenta: each weighs one thing against another
         if name in schedules and max(schedules[name].start, schedules[name].end) > 1:
             wrong[f"schedules.{name}"] = "expected values from 0 to 1"
+    if recipe.data.teacher_cache is not None:
+        try:
+            method.cacheable  # noqa: B018
+        except ValueError as error:
+            wrong["data.teacher_cache"] = str(error)
     sizes = [(f"data.views.{i}.size", view.size) for i, view in enumerate(recipe.data.views)]
     sizes.append(("data.eval_view.size", recipe.data.eval_view.size))
-    for network in method.networks.values():
+    for name, network in method.networks.items():
+        try:
+            network.check_normalization(recipe.data.mean, recipe.data.std)
+        except ValueError as error:
+            wrong[f"method.{name}"] = str(error)
         for key, size in sizes:
             try:
                 network.check_side(size)

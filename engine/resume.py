@@ -17,7 +17,7 @@ from loaders import STREAM_VERSION, Index
 
 FREE = ("run.log_every", "run.save_every", "run.keep", "run.timeout_seconds", "run.folder", "data.workers", "evals")
 """Keys that may change without changing a number of the training, with all below them."""
-_COVERED = ("data.train", "data.val", "data.expect_images")  # the fingerprint speaks for them
+_COVERED = ("data.train", "data.val", "data.expect_images", "data.teacher_cache")  # a fingerprint speaks for them
 _STREAM = "version of the stream"
 _VAL = "fingerprint of data.val"
 _BACKEND = ("data.backend", "data.options")  # another one gives the same crops, its pixels may differ by a level or two
@@ -61,12 +61,20 @@ def stream_version(state: dict[str, Any], path: Path) -> int:
     return version
 
 
-def identity(recipe: Recipe, world_size: int, device: str, indices: dict[str, Index], stream: int) -> dict[str, Any]:
-    """What has to be equal for a resumed run to give the same numbers: dotted key -> value."""
+def identity(
+    recipe: Recipe, world_size: int, device: str, indices: dict[str, Index], stream: int, cache: str = ""
+) -> dict[str, Any]:
+    """What has to be equal for a resumed run to give the same numbers: dotted key -> value.
+
+    Args:
+        cache: identity of `data.teacher_cache`, "" without one.
+    """
     flat = _keys_that_matter(recipe)
     flat["world_size"], flat["device"], flat[_STREAM] = world_size, device, stream
     for split, index in indices.items():
         flat[f"fingerprint of data.{split}"] = index.fingerprint
+    if cache:
+        flat["fingerprint of data.teacher_cache"] = cache
     return flat
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import loaders
-from engine import accelerator, checkpoint, dist, evals, faults, optim, precision
+from engine import accelerator, checkpoint, dist, evals, faults, optim, precision, teacher_cache
 from engine.consensus import Consensus
 from engine.data import open_indices, sets_of
 from engine.dist import World
@@ -129,6 +129,7 @@ class Trainer:
     verdict: tuple[bool, bool]
     """Of the newest step: whether any rank has bad numbers, and whether any is asked to stop."""
 
+    _cache: str  # identity of `data.teacher_cache`, "" without one
     _guarded: bool  # whether the guard of the first step is over
     _signal: int | None  # the signal that asked the run to stop
     _is_whole: bool  # whether the state is that after `steps_done` steps, but for buffers inside a step
@@ -144,6 +145,7 @@ class Trainer:
         self.micro_steps = micro_steps(recipe, world.world_size)
         self.indices = open_indices(recipe, world)
         self.horizon = Horizon.of(recipe.run.duration, len(self.indices["train"]), recipe.data.batch_size)
+        self._cache = dist.together(lambda: teacher_cache.identity(recipe))
         self.steps_done, self.stream_version = 0, loaders.STREAM_VERSION
         self.meter, self.clock = Meter(), Clock()
         self.watched, self.bad_images = None, {}
@@ -215,7 +217,7 @@ class Trainer:
             # Gradients are reduced over ranks once per optimizer step, with the last micro-step.
             with nullcontext() if is_last or self.model is self.method else self.model.no_sync():  # type: ignore[operator]
                 with self.autocast():
-                    scalars = self.model(self.inputs(batch), batch.label, self.values)
+                    scalars = self.model(self.inputs(batch), batch.label, self.values, *cached(batch))
                 self.mark("backward")
                 self.scaler.scale(scalars["loss"] / self.micro_steps).backward()
             bad |= ~scalars["loss"].detach().isfinite()
@@ -555,7 +557,10 @@ class Trainer:
         return [text for text in anew if text]
 
     def _identity(self) -> dict[str, Any]:
-        return identity(self.recipe, self.world.world_size, self.world.device.type, self.indices, self.stream_version)
+        world = self.world
+        return identity(
+            self.recipe, world.world_size, world.device.type, self.indices, self.stream_version, self._cache
+        )
 
     def _start_from(self, resume: bool, allow_changes: bool) -> None:
         """Initialize the method, or continue a run; the same on all ranks."""
@@ -571,12 +576,15 @@ class Trainer:
                 self._resume(path, allow_changes)
 
         dist.together(load)
+        if self.recipe.data.teacher_cache:
+            dist.together(lambda: teacher_cache.check(self.recipe, self.method, self.indices["train"]))
         dist.must_agree(
             {
                 "the recipe": self.recipe.hash,
                 "the number of steps": self.horizon.total_steps,
                 "the step to start from": self.steps_done,
                 "the version of the stream": self.stream_version,
+                "the identity of data.teacher_cache": self._cache,
                 **{f"the fingerprint of data.{split}": index.fingerprint for split, index in self.indices.items()},
             }
         )
@@ -724,6 +732,11 @@ def _heard(handler: Callable[[int, Any], None]) -> Iterator[None]:
     finally:
         for number, old in before.items():
             signal.signal(number, old or signal.SIG_DFL)
+
+
+def cached(batch: Batch) -> tuple[Tensor, ...]:
+    """What a cache has of a batch, as a further argument of the method; nothing without one."""
+    return () if batch.features is None else (batch.features,)
 
 
 def _no_mark(phase: str) -> None:

@@ -35,6 +35,7 @@ from loaders.host import read_picture
 from loaders.views import View
 from models import backbones, weights
 from models.contract import Backbone
+from models.imported import not_imported
 from models.statistics import reestimate
 from runtime import BnnError, Runtime, bnn, native
 
@@ -167,7 +168,7 @@ def reestimated(trained: Trained, batches: int) -> Trained:
 
 def _of_run(state: dict[str, Any], path: Path, part: str | None) -> Trained:
     recipe = recipes.resolve(yaml.safe_load(state["recipe"]), path)
-    with torch.random.fork_rng(devices=[]):  # what is drawn is replaced
+    with torch.random.fork_rng(devices=[]), not_imported():  # what is drawn is replaced; a file's word runs no code
         method = recipe.method.build()
     try:
         method.load_state_dict(state["method"])

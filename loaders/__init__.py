@@ -5,6 +5,7 @@ images (`loaders.sources`).
 """
 
 from loaders.errors import DataError, LoaderError
+from loaders.features import FeatureCache
 from loaders.index import Index, Objects
 from loaders.loader import (
     AUTO,
@@ -21,6 +22,7 @@ from loaders.loader import (
     on_noise,
     open_data,
     open_eval,
+    open_fixed,
     open_resident,
     open_root,
     open_train,
@@ -38,6 +40,7 @@ __all__ = [
     "Batch",
     "DataConfig",
     "DataError",
+    "FeatureCache",
     "Index",
     "IndexPlace",
     "Loader",
@@ -52,6 +55,7 @@ __all__ = [
     "on_noise",
     "open_data",
     "open_eval",
+    "open_fixed",
     "open_resident",
     "open_root",
     "open_train",

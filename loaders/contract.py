@@ -131,6 +131,7 @@ class HostBatch(NamedTuple):
     label: Tensor | None  # int64 [B], or boxes; None where the data set has no labels
     rows: Tensor  # int64 [B], rows of the index
     bad: list[tuple[str, str]]  # (path, reason) of what could not be decoded
+    features: Tensor | None = None  # float16 [B, V, D] from a cache, see `FeatureCache.read`; no back end's business
 
     @classmethod
     def of(

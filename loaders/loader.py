@@ -22,6 +22,7 @@ from loaders.augment import augmenter
 from loaders.config import PathText, Request, Strict
 from loaders.contract import HostBatch, Options, Order, on_device
 from loaders.errors import DataError
+from loaders.features import FeatureCache
 from loaders.index import Index
 from loaders.machine import cores
 from loaders.order import VERSION
@@ -105,6 +106,9 @@ class DataConfig(Strict):
     """With `order: blocks`, the number of blocks whose images are mixed."""
     fixed_views: int | None = Field(default=None, ge=1)
     """Every image has this many fixed draws of its views; epoch e shows number e mod `fixed_views`."""
+    teacher_cache: PathText | None = None
+    """Folder of `tools/cache_teacher.py`: the frozen network's features of each of the `fixed_views`, read in place of
+    running it."""
     on_bad_image: Literal["stop", "replace"] = "stop"
     """A training image that cannot be decoded ends the run, or gives way to its successor in the order.
     Evaluations leave such images out and say how many they measured."""
@@ -135,6 +139,8 @@ class DataConfig(Strict):
     def _consistent(self) -> DataConfig:
         if self.batch_size % self.micro_batch:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of micro_batch {self.micro_batch}")
+        if self.teacher_cache is not None and self.fixed_views is None:
+            raise ValueError("teacher_cache: expected fixed_views with it, as many as the cache was made with")
         if self.eval_view.crop != "center":
             raise ValueError("eval_view: expected crop: center, evaluations draw nothing")
         return self
@@ -152,7 +158,8 @@ def on_noise(config: DataConfig, *, num_images: int, num_classes: int, side: int
 
     boxes = config.options.gives_boxes
     options = Synthetic(num_images=num_images, num_classes=num_classes, side=side, with_boxes=boxes)
-    return config.model_copy(update={"backend": "synthetic", "options": options, "expect_images": None})
+    changes = {"backend": "synthetic", "options": options, "expect_images": None, "teacher_cache": None}
+    return config.model_copy(update=changes)
 
 
 def why_unusable(config: DataConfig) -> dict[str, str]:
@@ -191,6 +198,7 @@ class Batch(NamedTuple):
     # size are adjacent in memory
     label: Tensor | None  # int64 [B], or boxes as in `HostBatch`, on the device; None where the data set has no labels
     rows: Tensor  # int64 [B], rows of the index, on the host
+    features: Tensor | None = None  # float32 [V, B, D] of `data.teacher_cache`, on the device; None without one
 
 
 class Loader:
@@ -201,6 +209,7 @@ class Loader:
 
     Args:
         dtype: of the views, those of `run.amp`: half the bytes to write, and to read again.
+        cache: what the batches' `features` are read from.
 
     Attributes:
         bad: path -> reason of every image that was replaced or left out so far.
@@ -215,7 +224,9 @@ class Loader:
         *,
         stops: bool,
         dtype: torch.dtype = torch.float32,
+        cache: FeatureCache | None = None,
     ) -> None:
+        self.cache = cache
         self._batches, self._stream, self._device, self._stops = batches, stream, device, stops
         self._mean = torch.tensor(config.mean, device=device, dtype=torch.float32)
         self._std = torch.tensor(config.std, device=device, dtype=torch.float32)
@@ -233,7 +244,7 @@ class Loader:
         with torch.cuda.stream(self._side):
             batch = self._next()
         current.wait_stream(self._side)
-        for tensor in (*batch.views, batch.label):
+        for tensor in (*batch.views, batch.label, batch.features):
             if tensor is not None:
                 tensor.record_stream(current)  # its memory is the other stream's, and in use until this one is through
         return batch
@@ -258,13 +269,39 @@ class Loader:
             of_group = [self._stream.views[number] for number in group]
             augmented = self._augment(images, drawn, of_group, self._mean, self._std, dtype=self._dtype)
             views += augmented.chunk(len(group))
-        return Batch(views, label, batch.rows)
+        features = None
+        if self.cache is not None and batch.features is not None:
+            features = self.cache.features(on_device(batch.features, self._device))
+        return Batch(views, label, batch.rows, features)
 
     def close(self) -> None:
         """Free the back end's threads, processes and memory."""
         if hasattr(self._batches, "close"):
             self._batches.close()
         self._batches = iter(())  # torch's DataLoader ends its workers when its iterator goes
+
+
+class _WithFeatures:
+    """The batches of a back end with what a cache has of their images and draws."""
+
+    def __init__(
+        self, batches: Iterator[HostBatch], positions: Iterable[list[int]], stream: Stream, cache: FeatureCache
+    ) -> None:
+        self._batches, self._positions, self._stream, self._cache = batches, iter(positions), stream, cache
+
+    def __iter__(self) -> Iterator[HostBatch]:
+        return self
+
+    def __next__(self) -> HostBatch:
+        batch = next(self._batches)
+        draws = self._stream.draws_of(next(self._positions), batch.rows.numpy())
+        return batch._replace(features=self._cache.read(batch.rows, draws))
+
+    def close(self) -> None:
+        if hasattr(self._batches, "close"):
+            self._batches.close()
+        self._batches = iter(())
+        self._cache.close()
 
 
 def open_data(config: DataConfig, split: Literal["train", "held_out", "val"], *, for_labels: str = "") -> Index:
@@ -404,7 +441,30 @@ def open_train(
         step=step,
         arrange=partial(config.options.arrange, stream),
     )
-    return _open(config, stream, positions, place, training=True, dtype=dtype)
+    cache = FeatureCache.open(Path(config.teacher_cache)) if config.teacher_cache else None
+    return _open(config, stream, positions, place, training=True, dtype=dtype, cache=cache)
+
+
+def open_fixed(
+    config: DataConfig,
+    index: Index,
+    parts: Sequence[tuple[int, Sequence[int]]],
+    *,
+    seed: int,
+    place: Place = ALONE,
+    dtype: torch.dtype | None = None,
+) -> Loader:
+    """The very views that training with `fixed_views` draws, in another order: a batch for each part.
+
+    Args:
+        parts: number of the draw, rows of the index. What cannot be decoded is left out where the config replaces it.
+
+    Raises:
+        DataError: as `open_train`.
+    """
+    stream = Stream(index, config.views, seed, shuffled=False, fixed_views=config.fixed_views)
+    positions = [[draw * len(index) + row for row in rows] for draw, rows in parts]
+    return _open(config, stream, positions, place, training=True, replaces=False, dtype=dtype)
 
 
 def open_resident(
@@ -420,6 +480,7 @@ def open_resident(
             crops=[on_device(crop, place.device) for crop in batch.crops],
             color=on_device(batch.color, place.device),
             label=None if batch.label is None else on_device(batch.label, place.device),
+            features=None if batch.features is None else on_device(batch.features, place.device),
         )
         for batch in batches
     ]
@@ -449,16 +510,20 @@ def _open(
     place: Place,
     *,
     training: bool,
+    replaces: bool = True,
     dtype: torch.dtype | None = None,
+    cache: FeatureCache | None = None,
 ) -> Loader:
     order = Order(
         stream,
         read_ahead(stream, positions),
-        replace=training and config.on_bad_image == "replace",
+        replace=training and replaces and config.on_bad_image == "replace",
         workers=workers_per_rank(config, place.local_world_size),
         device=place.device,
         fill=tuple(round(255 * share) for share in config.mean),  # type: ignore[arg-type]
     )
     batches = config.options.batches(order)
+    if cache is not None:
+        batches = _WithFeatures(batches, positions, stream, cache)
     stops = training and config.on_bad_image == "stop"
-    return Loader(batches, config, stream, place.device, stops=stops, dtype=dtype or torch.float32)
+    return Loader(batches, config, stream, place.device, stops=stops, dtype=dtype or torch.float32, cache=cache)

@@ -74,6 +74,18 @@ class Stream:
         epoch, place = np.divmod(np.asarray(positions, dtype=np.int64), len(self.index))
         return epoch, self.order(epoch, place) if self.order else place
 
+    def draws_of(self, positions: Sequence[int], image: NDArray[np.int64]) -> NDArray[np.int64]:
+        """With fixed views, the numbers [b] of the view sets that images [b] came with at these positions: those of the
+        positions themselves, or the successor's where one stands in for an image that cannot be decoded."""
+        assert self.fixed_views is not None
+        epoch, planned = self.images(positions)
+        successors = 0
+        while len(others := np.flatnonzero(planned != image)):
+            successors += 1
+            assert successors <= len(self.index)
+            epoch[others], planned[others] = self.images([positions[other] + successors for other in others])
+        return epoch % self.fixed_views
+
     def plan(self, positions: Sequence[int]) -> Plan:
         """Everything that is drawn for these positions."""
         epoch, image = self.images(positions)

@@ -11,10 +11,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from models.contract import Backbone, BackboneConfig
+from models.imported import Config as ImportedConfig
 from models.reactnet import Config as ReActNetConfig
 from models.resnet import Config as ResNetConfig
 
-Config = Annotated[ReActNetConfig | ResNetConfig, Field(discriminator="arch")]
+Config = Annotated[ReActNetConfig | ResNetConfig | ImportedConfig, Field(discriminator="arch")]
 
 
 def frozen(config: BackboneConfig, *, folds: bool) -> Backbone:

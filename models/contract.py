@@ -21,6 +21,12 @@ class Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
+class NetworkError(ValueError):
+    """A network that cannot be had on this machine; one line that names it and what to do."""
+
+    exit_code = 2
+
+
 class BackboneConfig(Strict):
     """Base of the backbones' `Config`s; their field `arch` tells them apart."""
 
@@ -52,6 +58,17 @@ class BackboneConfig(Strict):
         Raises:
             ValueError: names the nearest legal sides.
         """
+
+    def check_normalization(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        """Refuse images that `data` normalizes with other numbers than the network needs.
+
+        Raises:
+            ValueError: names both.
+        """
+
+    def missing(self) -> str:
+        """What this machine lacks for the network and what to do, or ""."""
+        return ""
 
     def build(self) -> Backbone:
         """The network, randomly initialized."""

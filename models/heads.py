@@ -1,4 +1,4 @@
-"""Heads on a backbone's features: the two-layer perceptron and BatchNorm over all ranks."""
+"""Heads on a backbone's features: the two-layer perceptron, and BatchNorm and a running mean over all ranks."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from models.collectives import all_reduce_sum, world_size
+from models.precision import at_least_float32
 
 
 class SyncBatchNorm1d(nn.BatchNorm1d):
@@ -25,12 +26,8 @@ class SyncBatchNorm1d(nn.BatchNorm1d):
         if world_size() == 1:
             one = nn.BatchNorm1d.forward
             return one(self, x) if x.ndim == 2 else torch.stack([one(self, view) for view in x])
-        # Sums in float64: E[x^2] - E[x]^2 cancels badly in float32. C is small, so the cost is nothing.
         x64 = x.double()
-        sums = all_reduce_sum(torch.stack((x64.sum(-2), x64.square().sum(-2))))  # [2, C] or [2, V, C]
-        count = x.shape[-2] * world_size()
-        mean = sums[0] / count
-        var = (sums[1] / count - mean.square()).clamp(min=0)
+        mean, var, count = _moments(x64)
         with torch.no_grad():
             assert self.running_mean is not None and self.running_var is not None
             assert self.num_batches_tracked is not None and self.momentum is not None
@@ -41,6 +38,58 @@ class SyncBatchNorm1d(nn.BatchNorm1d):
                 self.running_var.lerp_(one_var.to(self.running_var.dtype), self.momentum)
         normal = (x64 - mean.unsqueeze(-2)) * torch.rsqrt(var + self.eps).unsqueeze(-2)
         return (normal * self.weight + self.bias).to(x.dtype)
+
+
+def _moments(x64: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Mean and biased variance [C] or [V, C] of [B, C] or [V, B, C] over all ranks, in one collective; and all B."""
+    # Sums in float64: E[x^2] - E[x]^2 cancels badly in float32. C is small, so the cost is nothing.
+    sums = all_reduce_sum(torch.stack((x64.sum(-2), x64.square().sum(-2))))
+    count = x64.shape[-2] * world_size()
+    mean = sums[0] / count
+    return mean, (sums[1] / count - mean.square()).clamp(min=0), count
+
+
+def batch_normalized(x: Tensor, eps: float = 1e-5) -> Tensor:
+    """BatchNorm over all ranks without scale, shift and memory: [B, C], or [V, B, C] with statistics for each view, to
+    the same shape in at least float32."""
+    x64 = x.double()
+    mean, var, _ = _moments(x64)
+    return ((x64 - mean.unsqueeze(-2)) * torch.rsqrt(var + eps).unsqueeze(-2)).to(at_least_float32(x).dtype)
+
+
+class RunningMean(nn.Module):
+    """The running mean of features over batches, to be taken from them: the plain mean of all batches so far, and once
+    there were 1 / (1 - momentum) of them an exponential one. A batch is all of an optimizer step, over ranks and views.
+
+    Args:
+        width: D of the features.
+        momentum: 0.99 remembers some hundred batches.
+    """
+
+    def __init__(self, width: int, momentum: float = 0.99) -> None:
+        super().__init__()
+        self.momentum = momentum
+        self.mean: Tensor
+        self.batches: Tensor
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("batches", torch.zeros((), dtype=torch.long))
+        self._new: list[Tensor] = []
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] less the mean of the batches before, without a gradient; in training it waits for `update`."""
+        if self.training:
+            self._new.append(x.flatten(0, -2).mean(dim=0).to(self.mean.dtype))
+        return x - self.mean
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Let the features of this step count. Every rank must hold as many."""
+        batch = all_reduce_sum(torch.stack(self._new).mean(dim=0)) / world_size()
+        self._new.clear()
+        self.batches += 1
+        share = (1 / self.batches.to(batch.dtype)).clamp(min=1 - self.momentum)
+        self.mean += share * (batch - self.mean)
 
 
 class MLP(nn.Module):

@@ -9,6 +9,7 @@ files of tensors, read with `weights_only=True`, or as safetensors where that pa
 | BURN: training checkpoint, extracted backbone, "multi" file | `student`, `student_head`, `teacher`, `teacher_head` |
 | ReActNet (liuzechun/ReActNet), S2-BNN (szq0214/S2-BNN) | `backbone`; `head` of S2-BNN, `classifier` of ReActNet |
 | MoCo (`module.encoder_q.*`), torchvision, plain ResNet | `backbone`; `head` of MoCo, `classifier` of torchvision |
+| any file of tensors, or with them as its `state_dict` | `network`: all of it, under its own names (`arch: imported`) |
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ import torch
 from torch import Tensor, nn
 
 State = dict[str, Tensor]
+WHOLE = "network"
+"""The part that a file of any layout has: itself."""
 
 _START = 256  # bytes that say what a file is
 _OURS = (b"PK\x03\x04", b"\x80")  # of torch.save: an archive, or a pickle by older versions
@@ -237,6 +240,19 @@ def _split(content: Any, path: Path) -> dict[str, State]:
 def has(state: Mapping[str, Tensor], module: str) -> bool:
     """Whether a part has tensors of a module of this name."""
     return any(key.startswith(f"{module}.") for key in state)
+
+
+def whole(content: Any, path: Path) -> State:
+    """All tensors of a loaded file under their own names, behind `network.`, as `models.imported` has them.
+
+    Raises:
+        WeightsError: it holds anything but tensors.
+    """
+    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]
+    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise WeightsError(f"{path}: expected a file of named tensors, or one with them as its state_dict")
+    return {f"{WHOLE}.{key}": value for key, value in _unwrapped(content).items()}
 
 
 def load_part(module: nn.Module, state: State, *, part: str, path: Path) -> None:

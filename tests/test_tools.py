@@ -483,6 +483,7 @@ def test_bars_end_at_a_hundred_percent():
 # ------------------------------------------------------------------------------------------------ outputs
 
 OUTPUTS = {
+    "cache_teacher": (["{reg}", "{folder}", "data.backend=synthetic", "init=[]", "--views", "1"], "Maker"),
     "compare": (["{table}", "--out", "{folder}"], "Pool"),
     "convert_imagenet_to_ffcv": (["{data}", "{out}.beton"], "open_index"),
     "demo": (["--json", "{out}.json"], "run_demo"),
@@ -502,7 +503,7 @@ OUTPUTS = {
 }
 
 
-TAKE_A_FOLDER = ("compare", "make_images", "probe", "scan_images")
+TAKE_A_FOLDER = ("cache_teacher", "compare", "make_images", "probe", "scan_images")
 
 
 @pytest.mark.parametrize(
@@ -522,7 +523,10 @@ def test_an_output_that_cannot_be_written_is_found_before_the_work(name, place, 
     table.write_text(json.dumps({"title": "t", "images": 8, "seeds": 1, "probe": str(QUICK / "linear.yaml"),
                                  "rows": [{"name": "A", "stages": [str(QUICK / "supervised.yaml")]}]}))  # fmt: skip
     named = [
-        word.format(out=out, folder=out, data=tree, table=table, recipe=QUICK / "supervised.yaml") for word in arguments
+        word.format(
+            out=out, folder=out, data=tree, table=table, recipe=QUICK / "supervised.yaml", reg=QUICK / "regress.yaml"
+        )
+        for word in arguments
     ]
     if name == "train":
         monkeypatch.setattr(f"engine.bench.{work}.measure", lambda *_: pytest.fail("worked"))

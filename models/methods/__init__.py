@@ -49,6 +49,16 @@ class MethodConfig(Strict):
         return {name: value for name, value in self if isinstance(value, BackboneConfig)}
 
     @property
+    def cacheable(self) -> str:
+        """The key of the frozen network whose features of a view depend on the view alone, so that a cache of them can
+        stand for it (`data.teacher_cache`).
+
+        Raises:
+            ValueError: there is none, and why.
+        """
+        raise ValueError(f"method {self.name} learns from no frozen network")
+
+    @property
     def classes(self) -> int | None:
         """Classes of the method's classifier, which the `accuracy` evaluation measures, or of its boxes; None without
         either."""
@@ -99,7 +109,9 @@ class Method(nn.Module):
     """Logged scalar -> the value below which it says that all images get one answer, and the recipe key that ends it:
     said once in a run. Empty where labels leave no room for it."""
 
-    def forward(self, views: list[Tensor], label: Tensor | None, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    def forward(
+        self, views: list[Tensor], label: Tensor | None, values: dict[str, Tensor], features: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Compute the loss of one micro-batch.
 
         Args:
@@ -107,6 +119,8 @@ class Method(nn.Module):
             label: [B] int64, or None where the data set has no labels; ignored by the methods that learn without. For a
                 config that `takes_boxes` they are those.
             values: the scheduled scalars of this step as 0-d tensors on the device.
+            features: what the network that the config calls `cacheable` would give for the views, [V, B, D], where a
+                cache stands for it; None: run it.
 
         Returns:
             `loss` (0-d, with a graph) and further detached 0-d tensors to log.

@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from models import backbones
-from models.heads import MLP
+from models.heads import MLP, batch_normalized
 from models.losses import collapse_meters, feature_similarity, kl_divergence
 from models.methods import Method, MethodConfig
 from models.reactnet import Config as ReActNetConfig
@@ -38,6 +38,16 @@ class Config(MethodConfig):
     teacher_bn: Literal["train", "eval"] = "train"
     """Statistics of the frozen extractor: of each batch, as everything visible of the authors' setup does,
     or its own running ones (targets independent of the batch)."""
+    target_center: bool = False
+    """Targets go through a BatchNorm without scale and shift before the loss. Ours, not the paper's: their cosine is
+    mostly that of their common mean otherwise."""
+
+    @property
+    def cacheable(self) -> str:
+        """The teacher, where no other image of a batch changes its features."""
+        if self.teacher_bn != "eval":
+            raise ValueError("the teacher's features depend on the batch; set method.teacher_bn=eval")
+        return "teacher"
 
     def build(self) -> Burn:
         """See `Burn`."""
@@ -80,12 +90,17 @@ class Burn(Method):
             self.teacher.eval()
         return self
 
-    def forward(self, views: list[Tensor], label: Tensor | None, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    def forward(
+        self, views: list[Tensor], label: Tensor | None, values: dict[str, Tensor], features: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Two views [B, 3, H, W]; see the class for the loss. Each view is a forward of its own, so that
         BatchNorm statistics are per view as in the reference; the heads see which rows are of which view."""
-        with torch.no_grad():
-            features = [self.teacher(view) for view in views]
-        targets = self.teacher_head(torch.stack(features))  # [V, B, out_dim]
+        if features is None:
+            with torch.no_grad():
+                features = torch.stack([self.teacher(view) for view in views])
+        targets = self.teacher_head(features)  # [V, B, out_dim]
+        if self.config.target_center:
+            targets = batch_normalized(targets)
         outputs = self.student_head(torch.stack([self.student(view) for view in views]))
         return burn_loss(outputs.unbind(), targets.unbind(), values["balance"], self.config)
 
@@ -106,7 +121,7 @@ def burn_loss(
 
     Args:
         outputs: s1, s2 [B, C], the student's classifier outputs for the two views.
-        targets: t1, t2 [B, C], the teacher's, with a graph to its classifier.
+        targets: t1, t2 [B, C], the teacher's (normalized with `target_center`), with a graph to its classifier.
         balance: λ, 0-d; multiplies the KL term, the feature term gets 1 - λ.
 
     Returns:

@@ -57,7 +57,9 @@ class Byol(Method):
         remedy = "move the target more slowly with schedules.momentum.start nearer to 1, or lower schedules.lr.start"
         self.collapse = {**self.collapse, "target_std": (0.1 / config.out_dim**0.5, remedy)}
 
-    def forward(self, views: list[Tensor], label: Tensor | None, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    def forward(
+        self, views: list[Tensor], label: Tensor | None, values: dict[str, Tensor], features: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Two views [B, 3, H, W] to the symmetric loss; each view has BatchNorm statistics of its own."""
         features = torch.stack([self.backbone(view) for view in views])  # [V, B, D]
         predictions = self.predictor(self.head(features))  # [V, B, out_dim]

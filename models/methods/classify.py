@@ -75,6 +75,11 @@ class Config(MethodConfig):
         return self.teacher is None
 
     @property
+    def cacheable(self) -> str:
+        """The teacher, where there is one: it is always in evaluation mode."""
+        return super().cacheable if self.teacher is None else "teacher"
+
+    @property
     def classes(self) -> int:
         """As the recipe says."""
         return self.num_classes
@@ -215,7 +220,9 @@ class Classify(Method):
         assert isinstance(self.classifier, Choices)
         self.classifier.chosen.fill_(number)
 
-    def forward(self, views: list[Tensor], label: Tensor | None, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    def forward(
+        self, views: list[Tensor], label: Tensor | None, values: dict[str, Tensor], features: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """One view [B, 3, H, W] and labels [B] to the cross-entropy; with a teacher there need not be any. Of several
         classifiers to the sum of theirs, of which each moves by its own alone, and to the best training accuracy."""
         if isinstance(self.classifier, Choices):
@@ -231,7 +238,7 @@ class Classify(Method):
             assert label is not None
             return {"loss": F.cross_entropy(logits, label), **known}
         with torch.no_grad():
-            target = self.teacher_classifier(self.teacher(views[0]))
+            target = self.teacher_classifier(self.teacher(views[0]) if features is None else features[0])
         return {"loss": soft_cross_entropy(logits, target, temperature=1.0).mean(), **known}
 
     def outputs(self, features: Tensor) -> Tensor:

@@ -152,7 +152,9 @@ class Detect(Method):
         found, more = heads(maps, proposals, whole.image_sizes, boxes if self.training else None)
         return found, {**losses, **more}
 
-    def forward(self, views: list[Tensor], label: Tensor | None, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    def forward(
+        self, views: list[Tensor], label: Tensor | None, values: dict[str, Tensor], features: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Padded images [B, 3, H, W] and their boxes [B, 1 + M, 6] to the sum of four losses, and each of them."""
         assert label is not None
         losses = self._run(views[0], label)[1]

@@ -40,7 +40,9 @@ class MoCo(QueryEncoder):
         super().__init__(config.backbone, config.out_dim, config.temperature)
         self.contrast = Contrast(self.backbone, self.head, config.out_dim, config.queue_size, config.temperature)
 
-    def forward(self, views: list[Tensor], label: Tensor | None, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    def forward(
+        self, views: list[Tensor], label: Tensor | None, values: dict[str, Tensor], features: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Two views [B, 3, H, W] to the InfoNCE loss."""
         loss, accuracy = self.contrast(self.query(views[0]), views[1])
         return {"loss": loss, "contrast_top1": accuracy}

@@ -44,6 +44,11 @@ class Config(MethodConfig):
         """The momentum of the key encoder, where there is one."""
         return ("momentum",) if self.contrast else ()
 
+    @property
+    def cacheable(self) -> str:
+        """The teacher: it is always in evaluation mode."""
+        return "teacher"
+
     def build(self) -> S2BNN:
         """See `S2BNN`."""
         return S2BNN(self)
@@ -70,11 +75,14 @@ class S2BNN(QueryEncoder):
         self.teacher_head.eval()
         return self
 
-    def forward(self, views: list[Tensor], label: Tensor | None, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    def forward(
+        self, views: list[Tensor], label: Tensor | None, values: dict[str, Tensor], features: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """One view [B, 3, H, W], or two with `contrast`, to the loss."""
         temperature = self.config.temperature
         with torch.no_grad():
-            target = F.normalize(self.teacher_head(self.teacher(views[0])), dim=1)  # [B, D]
+            seen = self.teacher(views[0]) if features is None else features[0]
+            target = F.normalize(self.teacher_head(seen), dim=1)  # [B, D]
         query = self.query(views[0])  # [B, D]
         loss = soft_cross_entropy(query, target, temperature).mean()
         logged = {"distillation": loss.detach()}

@@ -66,7 +66,9 @@ class SwAV(Method):
         self._new: list[Tensor] = []
         self._normalize_prototypes()
 
-    def forward(self, views: list[Tensor], label: Tensor | None, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    def forward(
+        self, views: list[Tensor], label: Tensor | None, values: dict[str, Tensor], features: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """V >= 2 views [B, 3, H, W] to the swapped prediction loss; neighbors of one size go through the backbone
         in one call, so that BatchNorm's statistics are per resolution."""
         size = len(views[0])
