@@ -221,7 +221,7 @@ def extract(
                 "weights": hash_of(trained.backbone),
                 "images": index.fingerprint,
                 "classes": _hash(index.classes),
-                "bytes": None if index.size is None else _hash(hashlib.sha256(index.size).hexdigest()),
+                "bytes": None if index.size is None else _hash(hashlib.sha256(index.size.tobytes()).hexdigest()),
                 "rows": None if rows is None else _hash(list(rows)),
                 "view": view.model_dump(mode="json"),
                 "mean": data.mean,

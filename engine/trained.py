@@ -242,20 +242,23 @@ class Packed(Backbone):
     layers = ("features",)
     config = None
 
-    def __init__(self, path: Path, content: bytes) -> None:
+    def __init__(self, path: Path, content: bytes, network: bnn.Network) -> None:
         """
+        Args:
+            path: a file, with its `content` and the `network` in it.
+
         Raises:
             BnnError: it is none, or cannot be run here.
         """
         super().__init__()
         self.runtime = Runtime(path, threads=min(torch.get_num_threads(), native.MAX_THREADS))
-        self.out_channels = self.runtime.info["features"]
+        self.out_channels, self._side = self.runtime.info["features"], network.side
         self.register_buffer("content", torch.frombuffer(bytearray(content), dtype=torch.uint8))
 
     def check_side(self, side: int) -> None:
         """It takes images of one side."""
-        if side != self.runtime.info["side"]:
-            raise ValueError(f"image side {side} does not fit, the network is packed for {self.runtime.info['side']}")
+        if side != self._side:
+            raise ValueError(f"image side {side} does not fit, the network is packed for {self._side}")
 
     def forward(self, x: Tensor) -> Tensor:
         """Images [B, 3, side, side], normalized as the file says, to features [B, D]."""
@@ -276,7 +279,7 @@ def _packed(path: Path, part: str | None) -> Trained:
     try:
         content = path.read_bytes()
         network = bnn.read(content)
-        backbone = Packed(path, content)
+        backbone = Packed(path, content, network)
     except BnnError as error:
         raise CheckpointError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
     info = network.metadata

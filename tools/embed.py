@@ -102,7 +102,7 @@ def embed(
     with dist.group(device, 1800) as world:
         index = open_once(lambda: {"val": loaders.open_root(data, str(photos), labels=data.labels)}, data, world)["val"]
         features = extract(trained, data, index, layer=layer, world=world)
-        dist.together(lambda: features and write(features, data, index, out, sheet, queries))
+        dist.together(lambda: write(features, data, index, out, sheet, queries) if features else None)
     return features
 
 

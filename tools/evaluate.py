@@ -13,7 +13,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import _root  # noqa: F401
 from torch import nn
@@ -48,7 +48,7 @@ def main() -> int:
             parser.error(f"--{name}: expected at least 1, got {given}")
     to_console(is_main=dist.environment_rank() == 0, progress=sys.stderr)
     trained = open_trained(arguments.source, step=arguments.step, part=arguments.part)
-    kind = arguments.kind or ("knn" if trained.classifier is None else "accuracy")
+    kind: Literal["accuracy", "knn"] = arguments.kind or ("knn" if trained.classifier is None else "accuracy")
     if kind == "accuracy" and trained.classifier is None:
         raise RecipeError(f"{trained.source}: has no classifier to measure, expected --kind knn")
     data = data_of(trained, arguments.override, device=arguments.device)
@@ -70,17 +70,18 @@ def evaluate(trained: Trained, data: DataConfig, config: EvalConfig, world: Worl
     Raises:
         DataError: the images are not there, have no labels, or have other classes; on all ranks.
     """
-    splits = ("val", "train") if config.needs_train else ("val",)
 
     def open_them() -> dict[str, Index]:
-        return {split: loaders.open_data(data, split, for_labels=f"--kind {config.kind}") for split in splits}
+        use = f"--kind {config.kind}"
+        opened = {"val": loaders.open_data(data, "val", for_labels=use)}
+        return opened | ({"train": loaders.open_data(data, "train", for_labels=use)} if config.needs_train else {})
 
     indices = open_once(open_them, data, world)
     val = indices["val"]
     names = {split: str(index.root) for split, index in indices.items()}
     if data.options.reads_files:  # of a list the file, not its folder
-        names = {split: getattr(data, split) for split in splits}
-    dist.together(lambda: world.is_main and _check_classes(trained, indices, names))
+        names = {split: getattr(data, split) for split in indices}
+    dist.together(lambda: _check_classes(trained, indices, names) if world.is_main else None)
     trained.network.to(world.device)
     network = trained.network if config.kind == "accuracy" else trained.backbone
     try:
