@@ -80,7 +80,7 @@ class Detections(NamedTuple):
 
     def where(self, chosen: NDArray[np.bool_]) -> Detections:
         """Those that a mask [D] chooses."""
-        return Detections(*(column[chosen] for column in self))
+        return Detections(self.image[chosen], self.label[chosen], self.score[chosen], self.box[chosen])
 
 
 class DetectionScores(NamedTuple):

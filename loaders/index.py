@@ -120,11 +120,11 @@ class Objects(NamedTuple):
     def of(self, row: int) -> Objects:
         """Those of one image."""
         first, end = np.searchsorted(self.image, (row, row + 1))
-        return Objects(*(column[first:end] for column in self))
+        return self.where(slice(first, end))
 
-    def where(self, chosen: NDArray[np.bool_]) -> Objects:
-        """Those that a mask [M] chooses."""
-        return Objects(*(column[chosen] for column in self))
+    def where(self, chosen: NDArray[np.bool_ | np.int64] | slice) -> Objects:
+        """Those that a mask [M], places or a slice choose."""
+        return Objects(self.image[chosen], self.label[chosen], self.box[chosen], self.difficult[chosen])
 
     def take(self, rows: NDArray[np.int64]) -> Objects:
         """Those of some images, in their order, numbered by it."""
@@ -132,7 +132,7 @@ class Objects(NamedTuple):
         counts = end - first
         chosen = np.repeat(first - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
         image = np.repeat(np.arange(len(rows)), counts)
-        return Objects(*(column[chosen] for column in self))._replace(image=image)
+        return self.where(chosen)._replace(image=image)
 
 
 @dataclass(frozen=True, eq=False)

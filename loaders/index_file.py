@@ -189,6 +189,7 @@ def _index_of(
         unread=frozenset(header["unread"]),
         reading=str(header["reading"]),
         file=path,
+        objects=None,  # a file has no room for them
         **arrays,
     )
     index.__dict__["fingerprint"] = str(header["fingerprint"])  # computed when it was written

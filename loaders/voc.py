@@ -132,7 +132,8 @@ def read(data: str | Path, *, any_counts: bool = False) -> Scenes:
     Raises:
         DataError: a file is missing or damaged, or a real set has other counts than it should; names the file.
     """
-    root, parts = kit_of(data), []
+    root = kit_of(data)
+    parts: list[Scenes] = []
     for split in splits_of(data):
         ids = _ids(split)
         files = _annotations(split, ids)
@@ -155,7 +156,9 @@ def read(data: str | Path, *, any_counts: bool = False) -> Scenes:
         parts.append(scenes)
     return Scenes(
         root,
-        *([item for part in parts for item in getattr(part, field)] for field in ("ids", "names", "annotations")),
+        [name for part in parts for name in part.ids],
+        [name for part in parts for name in part.names],
+        [path for part in parts for path in part.annotations],
         parts[0].classes,
         np.concatenate([part.targets for part in parts]),
     )

@@ -38,7 +38,10 @@ def views_of(recipe: Recipe, backend: str, count: int) -> list[torch.Tensor]:
     finally:
         loader.close()
     views = [to_pixels(view, data.mean, data.std) for view in batch.views]
-    return [boxed(views[0], batch.label, index.classes)] if data.options.gives_boxes else views
+    if not data.options.gives_boxes:
+        return views
+    assert batch.label is not None
+    return [boxed(views[0], batch.label, index.classes)]
 
 
 def boxed(pixels: torch.Tensor, label: torch.Tensor, classes: list[str]) -> torch.Tensor:
