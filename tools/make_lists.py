@@ -368,7 +368,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
-    of = kinds.add_parser("simclr", help="SimCLR's 1 % or 10 % of ImageNet")
+    of = kinds.add_parser("simclr", help="SimCLR's 1 %% or 10 %% of ImageNet")
     of.add_argument("source", type=Path, help="1percent.txt or 10percent.txt")
     of.add_argument("imagenet", type=Path, help="the folder that holds train/")
     of.add_argument("out", type=Path, help="the list to write")
