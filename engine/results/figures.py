@@ -112,7 +112,9 @@ def draw_comparison(
                     label = "_"  # matplotlib's for none
                 start += max((row["images"] for row in rows), default=0)
     flips, rank, *unused = rest
-    flips.set(title="share of weight signs flipped between two logs", xlabel="images", yscale="log")
+    flips.set(title="share of weight signs flipped between two logs", xlabel="images")
+    if any(value > 0 for drawn in flips.lines for value in drawn.get_ydata()):
+        flips.set_yscale("log")
     rank.set(title="effective rank of the features (RankMe)", xlabel="images", ylim=(0, None))
     if rank.lines:
         rank.legend(fontsize=7)
