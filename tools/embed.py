@@ -128,7 +128,7 @@ def draw(features: Features, data: DataConfig, index: Index, sheet: Path, querie
     pixels = pixels_of_all(features, data, index, asked, found)
     label = features.label if index.is_labeled else None
     same = None if label is None else label[found] == label[asked][:, None]
-    title = f"{index.root}: each image and those that are nearest to it by {features.of['layer']}"
+    title = f"{data.val}: each image and those that are nearest to it by {features.of['layer']}"
     sheet.parent.mkdir(parents=True, exist_ok=True)
     with aside(sheet) as out:
         draw_neighbors(out.part, title, pixels, distances, same)

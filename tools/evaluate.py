@@ -91,6 +91,7 @@ def evaluate(trained: Trained, data: DataConfig, config: EvalConfig, world: Worl
     return {
         "kind": config.kind,
         **scores,
+        "measured": round(scores["measured"]),
         "images": len(val),
         "data": names,
         "fingerprint": {split: index.fingerprint for split, index in indices.items()},
