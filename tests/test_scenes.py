@@ -11,6 +11,7 @@ from loaders.scenes_loader import MISSING, flipped, resized
 from loaders.views import View
 from tests.images import write_kit
 from tests.loading import config, equal, open_eval, open_train, take
+from tests.processes import tool
 
 FLIPS = View(size=96, crop="random", flip=0.5)
 WHOLE = View(size=96, crop="center", resize=96)
@@ -219,6 +220,15 @@ def test_who_stands_in_for_whom(kit, tree):
     on_noise = loaders.on_noise(scenes(kit), num_images=16, num_classes=3, side=40)
     assert on_noise.options.gives_boxes and take(open_train(on_noise), 1)[0].label.shape == (2, 2, 6)
     assert len(list(open_eval(on_noise))) > 0
+
+
+def test_views_of_scenes_are_shown_with_their_boxes():
+    pixels = torch.full((1, 64, 64, 3), 90, dtype=torch.uint8)
+    label = torch.tensor([[[-1, 0, 0, 60, 60, 0], [1, 8, 8, 40, 50, 0], [0, 20, 44, 56, 60, 1], [-2.0] * 6]])
+    drawn = tool("show_views").boxed(pixels.clone(), label, ["one", "two"])[0]
+    lime = (drawn == torch.tensor([0, 255, 0], dtype=torch.uint8)).all(dim=2)
+    assert lime[8:50, 8].all() and lime[8:50, 40].all() and lime[44:60, 56].all()
+    assert torch.equal(drawn[62:], pixels[0, 62:]) and not lime[:6].any()
 
 
 def test_sides_have_to_fit():
