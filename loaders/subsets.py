@@ -6,6 +6,8 @@ are taken. So a smaller subset lies in a larger one of the same seed, and what i
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -30,7 +32,7 @@ def held_out(index: Index, share: float, seed: int = 0) -> NDArray[np.bool_]:
         DataError: a class has fewer than two images.
     """
     sizes = _sizes(index)
-    for number in np.flatnonzero(sizes == 1):
+    for number in np.flatnonzero(sizes == 1).tolist():
         raise DataError(f"{index.root}: {_class(index, number)} has 1 image, of which none can be held out")
     taken = np.zeros(len(index), dtype=np.bool_)
     taken[_first(index, np.clip(_rounded(share * sizes), 1, np.maximum(sizes - 1, 0)), _OF_HELD_OUT, seed)] = True
@@ -47,11 +49,12 @@ def subset(index: Index, *, share: float | None = None, count: int | None = None
     Raises:
         DataError: a class has fewer than `count` images.
     """
-    assert (share is None) != (count is None)
     sizes = _sizes(index)
     if share is not None:
+        assert count is None
         return np.sort(_first(index, np.minimum(np.maximum(_rounded(share * sizes), 1), sizes), _OF_SUBSET, seed))
-    for number in np.flatnonzero((sizes < count) & (sizes > 0)):
+    assert count is not None
+    for number in np.flatnonzero((sizes < count) & (sizes > 0)).tolist():
         raise DataError(f"{index.root}: {_class(index, number)} has {sizes[number]} images, expected at least {count}")
     return np.sort(_first(index, np.where(sizes > 0, count, 0), _OF_SUBSET, seed))
 
@@ -69,7 +72,7 @@ def _sizes(index: Index) -> NDArray[np.int64]:
     return np.bincount(_label(index), minlength=len(index.classes)).astype(np.int64)
 
 
-def _rounded(numbers: NDArray[np.float64]) -> NDArray[np.int64]:
+def _rounded(numbers: NDArray[Any]) -> NDArray[np.int64]:
     return np.floor(numbers + 0.5).astype(np.int64)
 
 
