@@ -57,8 +57,8 @@ def run(
     several classifiers the best on held-out images is chosen.
 
     Args:
-        indices: labeled images, `val` and, where it learns from some, `train`, where it chooses by some, `held_out`, where
-            BatchNorm is estimated anew, `trained_on`.
+        indices: labeled images, `val` and, where it learns from some, `train`, where it chooses by some, `held_out`;
+            where BatchNorm is estimated anew, `trained_on`.
         step: of the run, under whose number what was detected is kept in the run folder; None keeps nothing.
 
     Returns:
