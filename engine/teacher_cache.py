@@ -227,6 +227,8 @@ class Maker:
     def _fill(self, cache: FeatureCache) -> None:
         draws, blocks = cache.done.shape
         todo = [(draw, block) for draw in range(draws) for block in range(blocks) if not cache.done[draw, block]]
+        if not todo:
+            return
         mine = todo[self.world.rank :: self.world.world_size]
         loader = self._loader([(draw, cache.rows(block)) for draw, block in mine])
         started, seen = time.perf_counter(), 0
