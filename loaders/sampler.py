@@ -83,7 +83,7 @@ class Stream:
         while len(others := np.flatnonzero(planned != image)):
             successors += 1
             assert successors <= len(self.index)
-            epoch[others], planned[others] = self.images([positions[other] + successors for other in others])
+            epoch[others], planned[others] = self.images([positions[other] + successors for other in others.tolist()])
         return epoch % self.fixed_views
 
     def plan(self, positions: Sequence[int]) -> Plan:
