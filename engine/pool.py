@@ -11,7 +11,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -137,13 +137,13 @@ class _Progress:
             logger.info(f"{self.title}: {self.count:,} of {self.total:,}, {times}")
 
 
-def _here(units: Sequence[Unit], prepare: Callable[[], None]) -> Iterator[tuple[Unit, Any]]:
+def _here(units: Sequence[Unit], prepare: Callable[[], None]) -> Generator[tuple[Unit, Any], None, None]:
     prepare()
     for unit in units:
         yield unit, unit.work(*unit.arguments)
 
 
-def _apart(units: Sequence[Unit], prepare: Callable[[], None], jobs: int) -> Iterator[tuple[Unit, Any]]:
+def _apart(units: Sequence[Unit], prepare: Callable[[], None], jobs: int) -> Generator[tuple[Unit, Any], None, None]:
     context = multiprocessing.get_context("forkserver")  # not forked from this process, whose libraries have threads
     others = multiprocessing.active_children()
     pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_begin, initargs=(prepare,))
@@ -171,5 +171,10 @@ def _begin(prepare: Callable[[], None]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+    def outlive() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=outlive, daemon=True).start()
     prepare()

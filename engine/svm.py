@@ -20,6 +20,7 @@ from engine.average_precision import classified
 from engine.pool import Unit
 from loaders import DataError
 from loaders.philox import uniform
+from models.contract import Layer
 
 Floats = NDArray[np.float64]
 Targets = NDArray[np.int8]
@@ -258,7 +259,7 @@ class Sets(NamedTuple):
         """Into files that all processes map."""
         folder.mkdir(parents=True, exist_ok=True)
         for name, array in zip(NAMES, self, strict=True):
-            np.save(folder / f"{name}.npy", array, allow_pickle=False)
+            np.save(folder / f"{name}.npy", np.asarray(array), allow_pickle=False)
 
 
 _sets: Sets | None = None
@@ -363,8 +364,8 @@ def low_shot_units(data: str, draws: dict[tuple[int, int], Targets], costs: Sequ
 class Protocol(NamedTuple):
     """What the SVMs are told and how they are judged, beside what all protocols here share."""
 
-    layer: str
-    """Of the network, as `models.contract.Layer`."""
+    layer: Layer
+    """Of the network."""
     crop: str
     """Of the view; "" for that of the network's evaluations."""
     costs: tuple[float, ...]

@@ -389,6 +389,24 @@ def test_files_of_draws_take_the_place_of_our_own(network, scenes, tmp_path, cap
     assert "train_targets_sample1_k2.npy: cannot be read" in capsys.readouterr().err
 
 
+def test_pcls_protocol_is_another(network, scenes, tmp_path, capsys):
+    arguments = [network, "--task", "svm", "lowshot", "--data", f"{scenes}#2007", "--shots", 1, "--jobs", 1]
+    assert probe(*arguments, "--protocol", "pcl", "--out", tmp_path / "pcl") == 0
+    assert "SVMs by protocol pcl: not to be compared with voc07's." in capsys.readouterr().out
+    result = json.loads((tmp_path / "pcl/probe.json").read_text())
+    found, (one,) = result["networks"][str(network)], result["networks"][str(network)]["lowshot"]["shots"].values()
+    for task in ("svm", "lowshot"):
+        assert found[task]["layer"] == "pooled" and found[task]["view"]["crop"] == "center"
+    assert set(found["svm"]["cost"].values()) == {one["chosen_on_test"]["cost"]} == {0.5} and one["at_cost_1"] is None
+    assert result["data"]["train"]["difficult"] == 0
+    assert (
+        probe(*arguments[:3], *arguments[4:6], "--jobs", 1, "--size", 64, "--costs", 1, "--out", tmp_path / "large")
+        == 0
+    )
+    found = json.loads((tmp_path / "large/probe.json").read_text())["networks"][str(network)]["svm"]
+    assert (found["view"]["crop"], found["view"]["size"], found["layer"]) == ("whole", 64, "map")
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("folders")

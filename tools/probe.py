@@ -14,9 +14,11 @@ codes: 0 done; 1 --check found a number too far from the known one; 2 bad input,
 import argparse
 import itertools
 import json
+import os
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -56,7 +58,8 @@ WITHIN = (0.3, 1.0)
 """How far ours may be from both: a choice of ours. Other draws alone move the low-shot numbers."""
 
 
-class Labeled(NamedTuple):
+@dataclass(frozen=True)
+class Labeled:
     """A data set and what its images show."""
 
     name: str
@@ -71,6 +74,13 @@ class Plan(NamedTuple):
 
     layer: Layer
     crop: str
+    """"" for the view of the network's evaluations."""
+    size: int | None
+    """Of the view's side; None for that of the network's evaluations."""
+
+    def side(self, trained: Trained) -> int:
+        """Of the images that the network is given."""
+        return self.size or trained.view.size
 
 
 def main() -> int:
@@ -90,13 +100,13 @@ def main() -> int:
             lambda: {str(path): open_trained(path, part=arguments.part) for path in arguments.source}
         )
         for trained, plan in itertools.product(networks.values(), plans(arguments).values()):
-            check(trained, plan.layer, trained.view.size)
+            check(trained, plan.layer, plan.side(trained))
         reading = reading_of(next(iter(networks.values())), roots, arguments)
         sets = open_sets(roots, reading, arguments, world)
         shots = dist.together(lambda: checked(sets, arguments))
         ledger = dist.together(lambda: Ledger(out / "results.jsonl") if world.is_main else None)
         call = Call(arguments, roots, sets, shots, ledger, world.device)
-        for trained, plan in itertools.product(networks.values(), set(plans(arguments).values())):
+        for trained, plan in itertools.product(networks.values(), dict.fromkeys(plans(arguments).values())):
             features_of(trained, plan, call, world)  # into the cache: those of all networks may be more than fits
     if ledger is None:
         return 0
@@ -127,6 +137,7 @@ def parse() -> argparse.Namespace:
         help="of the SVMs: Goyal et al. 2019, or PCL's, whose numbers are others (%(default)s)",
     )
     parser.add_argument("--layer", choices=LAYERS, help="of the network (the protocol's; for knn features)")
+    parser.add_argument("--size", type=int, help="side of the image for SVMs of voc07 (that of the run's evaluations)")
     parser.add_argument("--costs", nargs="+", type=float, help="of the SVMs (the protocol's, 19 of voc07)")
     parser.add_argument("--shots", nargs="+", type=int, help="low-shot k (the protocol's, 1 2 4 ... 64 96 of voc07)")
     parser.add_argument("--samples", type=Path, help="folder of published low-shot files, instead of draws of our own")
@@ -148,6 +159,8 @@ def parse() -> argparse.Namespace:
         setattr(arguments, name, list(getattr(arguments, name) or getattr(protocol, name)))
     if arguments.samples and arguments.protocol != "voc07":
         parser.error("--samples: published files are of --protocol voc07")
+    if arguments.size is not None and (arguments.size < 1 or not protocol.crop or not fits(arguments)):
+        parser.error("--size: expected at least 1, and SVMs of voc07: other views are those of the run's evaluations")
     if len(set(arguments.source)) < len(arguments.source):
         parser.error("source: one is there twice")
     if arguments.jobs < 1:
@@ -159,7 +172,7 @@ def parse() -> argparse.Namespace:
     if not 0 <= arguments.seed < 2**64:
         parser.error(f"--seed: expected 0 to 2^64 - 1, got {arguments.seed}")
     if arguments.check:
-        is_full = tuple(arguments.costs) == svm.COSTS and not arguments.layer and fits(arguments)
+        is_full = tuple(arguments.costs) == svm.COSTS and not (arguments.layer or arguments.size) and fits(arguments)
         is_voc07 = arguments.protocol == "voc07" and arguments.data[0].endswith("#2007") and not arguments.any_counts
         if len(arguments.source) > 1 or not is_full or not is_voc07:
             parser.error("--check: expected one source, --task svm or lowshot, all costs and --data .../VOCdevkit#2007")
@@ -174,7 +187,8 @@ def fits(arguments: argparse.Namespace) -> bool:
 def plans(arguments: argparse.Namespace) -> dict[str, Plan]:
     """Task -> how its features are taken."""
     protocol = svm.PROTOCOLS[arguments.protocol]
-    of_svm, of_knn = Plan(arguments.layer or protocol.layer, protocol.crop), Plan(arguments.layer or "features", "")
+    of_svm = Plan(arguments.layer or protocol.layer, protocol.crop, arguments.size)
+    of_knn = Plan(arguments.layer or "features", "", None)
     return {task: of_knn if task == "knn" else of_svm for task in arguments.task}
 
 
@@ -187,13 +201,14 @@ def roots_of(words: Sequence[str]) -> dict[str, str]:
     Raises:
         RecipeError: it does not name both.
     """
-    if {word.partition("=")[0] for word in words} == {"train", "val"} and len(words) == 2:
-        return dict(sorted(word.split("=", 1) for word in words))  # type: ignore[misc]
+    named = {split: os.path.expanduser(root) for split, _, root in (word.partition("=") for word in words)}
+    if named.keys() == {"train", "val"} and len(words) == 2:
+        return {split: named[split] for split in ("train", "val")}
     if len(words) == 1:
-        root = words[0]
+        root = os.path.expanduser(words[0])
         if "#" in root and "_" not in root.rpartition("#")[2]:
             return {"train": f"{root}_trainval", "val": f"{root}_test"}
-        if all((Path(root).expanduser() / split).is_dir() for split in ("train", "val")):
+        if all((Path(root) / split).is_dir() for split in ("train", "val")):
             return {split: str(Path(root) / split) for split in ("train", "val")}
     raise RecipeError(
         f"--data: expected data/VOCdevkit#2007, a folder with train and val in it, or train=... val=..., got "
@@ -298,7 +313,7 @@ def features_of(trained: Trained, plan: Plan, call: Call, world: World = ALONE) 
     """Features of both sets, from the cache where they are there; None on ranks other than the first."""
     reading = reading_of(trained, call.roots, call.arguments)
     if plan.crop:
-        view = View.model_validate({"crop": plan.crop, "size": trained.view.size})
+        view = View.model_validate({"crop": plan.crop, "size": plan.side(trained)})
         reading = reading.model_copy(update={"eval_view": view})
     return [
         extract(trained, reading, call.sets[split].index, layer=plan.layer, world=world, cache=call.arguments.out)
