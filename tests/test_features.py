@@ -194,8 +194,9 @@ def test_the_nearest_of_all_others_by_cosine():
 # ------------------------------------------------------------------------------------------------ packed networks
 
 
-def test_a_packed_network_is_opened_as_any_other(tmp_path, photos):
-    recipe = tiny("quick/supervised.yaml", tmp_path, *SHORT)
+@pytest.mark.parametrize("view", ["{crop: center, size: 32, resize: 36}", "{preset: whole, size: 32}"])
+def test_a_packed_network_is_opened_as_any_other(view, tmp_path, photos):
+    recipe = tiny("quick/supervised.yaml", tmp_path, *SHORT, f"data.eval_view={view}")
     run(recipe)
     trained = open_trained(recipe.folder)
     export(trained, tmp_path / "net.bnn", force=True)
@@ -380,3 +381,19 @@ def test_a_published_classifier_is_measured(published, photos, tmp_path, monkeyp
     assert "has no classifier to measure, expected --kind knn" in capsys.readouterr().err
     assert call(monkeypatch, "evaluate", published) == 2
     assert "data.val: not set" in capsys.readouterr().err
+
+
+def test_long_work_says_how_far_it_is_and_what_is_left(monkeypatch, caplog):
+    from engine import log
+
+    now = [0.0]
+    monkeypatch.setattr(log.time, "monotonic", lambda: now[0])
+    progress = log.Progress("photos", 1000, "images", every=10.0)
+    for second, done in ((9, 100), (10, 250), (19, 400), (50, 999), (70, 1000)):
+        now[0] = second
+        with caplog.at_level("INFO", logger="burn"):
+            progress.update(done)
+    assert [record.getMessage() for record in caplog.records] == [
+        "photos: 250 of 1,000 images, 25/s, 30s left",
+        "photos: 999 of 1,000 images, 20/s, 0s left",
+    ]
