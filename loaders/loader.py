@@ -141,8 +141,8 @@ class DataConfig(Strict):
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of micro_batch {self.micro_batch}")
         if self.teacher_cache is not None and self.fixed_views is None:
             raise ValueError("teacher_cache: expected fixed_views with it, as many as the cache was made with")
-        if self.eval_view.crop != "center":
-            raise ValueError("eval_view: expected crop: center, evaluations draw nothing")
+        if self.eval_view.crop == "random":
+            raise ValueError("eval_view: expected crop: center or whole, evaluations draw nothing")
         return self
 
 
