@@ -205,6 +205,7 @@ def test_rows_run_under_each_teacher(tmp_path):
         **{"teacher T2": [], "teacher T1": [], "BURN, T1": [], "BYOL": []},
         **{"BURN, T2": ["teacher T2"], "S2, T2": ["teacher T2"]},
     }
+    assert [chain.name for chain in plan.chains(["BURN, T1", "BYOL"])] == ["teacher T1", "BURN, T1", "BYOL"]
     trained, measured = (run.recipe() for run in chains["teacher T2", 0].make())
     assert trained.run.duration == "7it" and measured.init[0].source == str(trained.folder)
     (brought,) = (run.recipe() for run in chains["teacher T1", 0].make())
@@ -494,7 +495,8 @@ def test_another_budget_is_another_folder(tmp_path, monkeypatch, capsys):
     plain, same = plan_of(monkeypatch, capsys, path), plan_of(monkeypatch, capsys, path, "--views", 32)
     assert plain == same and "run.folder=runs/table_t/a/seed0" in plain
     assert "run.folder=runs/table_t_64/a/seed0" in plan_of(monkeypatch, capsys, path, "--views", 64)
-    more = plan_of(monkeypatch, capsys, path, "--seeds", 2)  # adds to the same table
+    rows = [{"name": "A", "stages": [str(ROOT / "recipes/quick/supervised.yaml")], "seeds": 1}]
+    more = plan_of(monkeypatch, capsys, write(path, rows=rows), "--seeds", 2)  # adds to the same table
     assert "run.folder=runs/table_t/a/seed1" in more
 
 

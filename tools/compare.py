@@ -321,10 +321,12 @@ def main() -> int:
         type=Path,
         help="folder of all runs and of the table (runs/table_<name>, with another budget runs/table_<name>_<budget>)",
     )
-    parser.add_argument("--seeds", type=int, help="instead of the table's number")
+    parser.add_argument("--seeds", type=int, help="of every row that trains, instead of the table's numbers")
     parser.add_argument("--views", type=int, help="views of each row, instead of the table's")
     parser.add_argument("--images", type=int, help="images of each row, of a table that counts them")
-    parser.add_argument("--only", nargs="+", metavar="ROW", help="only these rows")
+    parser.add_argument(
+        "--only", nargs="+", metavar="ROW", help="only these rows, under each teacher or, as `BURN, T2`, one"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="rows at once, sharing cores and GPUs (1)")
     parser.add_argument("--launcher", default="", help='how to start a run, such as "torchrun --nproc_per_node=8"')
     parser.add_argument("--plan", action="store_true", help="print the commands and run nothing")
@@ -346,7 +348,10 @@ def main() -> int:
         raise RecipeError(f"--launcher: no program {launcher[0]!r} on this machine")
     if launcher and arguments.jobs > 1:
         raise RecipeError("--jobs: expected 1 with --launcher, which uses the machine by itself")
-    names = [row.name for row in spec.rows]
+    if "seeds" in changes:
+        changes["rows"] = tuple(row.model_copy(update={"seeds": None}) for row in spec.rows)
+    labels = [variant.label for variant in Plan(spec, arguments.table, Path()).variants]
+    names = list(dict.fromkeys([*(row.name for row in spec.rows), *labels]))
     given = arguments.only or []
     only = [word for word in given if word in names or "=" not in word]  # `--only ROW key=value` takes both
     for name in only:

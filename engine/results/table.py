@@ -347,9 +347,9 @@ class Plan:
         """All that has to run, what others wait for first.
 
         Args:
-            rows: names of those that are wanted, by default all.
+            rows: names of those that are wanted, or with their teacher; by default all.
         """
-        wanted = [variant for variant in self.variants if not rows or variant.row.name in rows]
+        wanted = [v for v in self.variants if not rows or v.row.name in rows or v.label in rows]
         asked = {variant.teacher for variant in wanted} | ({*self.spec.teachers} if not rows else set())
         found = [self.teacher_chain(name) for name in self.spec.teachers if name in asked]
         found += [self.tries_chain(variant) for variant in wanted if self._has_choice(variant)]
