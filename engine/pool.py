@@ -11,8 +11,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -87,36 +87,91 @@ def _name(key: dict[str, Any]) -> str:
     return json.dumps(key, sort_keys=True)
 
 
-def run(
-    units: Sequence[Unit],
-    ledger: Ledger,
-    *,
-    prepare: Callable[[], None],
-    jobs: int,
-    title: str,
-) -> list[Any]:
-    """Do what the ledger does not have yet.
+class Pool:
+    """Processes that do units of work, each with one in hand; they start with the first and stay until `close`.
 
     Args:
-        prepare: called first in every process that works; like `Unit.work` a function that others can import.
-        jobs: processes; 1 works in this one.
-        title: what the lines of progress begin with.
-
-    Returns:
-        The result of every unit, in their order.
-
-    Raises:
-        MachineError: a worker was killed. What is done is kept.
+        ledger: what is done already, and where results go.
+        jobs: processes; with 1 this one does the work.
     """
-    rest = sorted((unit for unit in units if unit not in ledger), key=lambda unit: -unit.size)
-    if rest:
-        progress = _Progress(title, len(units) - len(rest), rest)
-        works = _here(rest, prepare) if jobs == 1 else _apart(rest, prepare, min(jobs, len(rest)))
-        with contextlib.closing(works):
-            for unit, result in works:
-                ledger.add(unit, result)
+
+    def __init__(self, ledger: Ledger, jobs: int) -> None:
+        self.ledger, self.jobs = ledger, jobs
+        self._executor: ProcessPoolExecutor | None = None
+        self._others = multiprocessing.active_children()
+        self._waiting: dict[Future[Any], Unit] = {}
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def run(self, units: Sequence[Unit], title: str, *, here: bool = False) -> list[Any]:
+        """Do what the ledger does not have yet.
+
+        Args:
+            title: what the lines of progress begin with.
+            here: in this process, whatever `jobs` says.
+
+        Returns:
+            The result of every unit, in their order.
+
+        Raises:
+            MachineError: a worker was killed. What is done is kept.
+        """
+        rest = sorted((unit for unit in units if unit not in self.ledger), key=lambda unit: -unit.size)
+        if rest:
+            progress = _Progress(title, len(units) - len(rest), rest)
+            for unit, result in self._apart(rest) if self.jobs > 1 and not here else self._here(rest):
+                self.ledger.add(unit, result)
                 progress.done(unit)
-    return [ledger[unit] for unit in units]
+        return [self.ledger[unit] for unit in units]
+
+    def _here(self, units: Sequence[Unit]) -> Iterator[tuple[Unit, Any]]:
+        for unit in units:
+            yield unit, unit.work(*unit.arguments)
+
+    def _apart(self, units: Sequence[Unit]) -> Iterator[tuple[Unit, Any]]:
+        if self._executor is None:
+            context = multiprocessing.get_context(
+                "forkserver"
+            )  # not forked from this one, whose libraries have threads
+            self._executor = ProcessPoolExecutor(self.jobs, mp_context=context, initializer=_begin)
+        try:
+            self._waiting = {self._executor.submit(unit.work, *unit.arguments): unit for unit in units}
+            while self._waiting:
+                for future in wait(self._waiting, return_when=FIRST_COMPLETED).done:
+                    result = future.result()
+                    yield self._waiting.pop(future), result
+        except BrokenProcessPool:
+            raise MachineError(
+                "a worker process was killed or could not begin, perhaps for lack of memory; what is done is kept, "
+                f"start again with fewer than {self.jobs} --jobs"
+            ) from None
+
+    def close(self) -> None:
+        """End the processes and close the ledger."""
+        if self._executor is not None:
+            self._executor.shutdown(wait=False, cancel_futures=True)
+            if self._waiting:  # what a worker has in hand would take its time
+                for child in multiprocessing.active_children():
+                    if child not in self._others:
+                        child.terminate()
+        self.ledger.close()
+
+
+def _begin() -> None:
+    """In a worker: it leaves Ctrl-C to the process that started it, and ends when that is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def outlive() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=outlive, daemon=True).start()
 
 
 class _Progress:
@@ -135,46 +190,3 @@ class _Progress:
             elapsed = now - self.started
             times = f"{duration(elapsed)}, {duration(elapsed * max(self.left, 0) / self.did)} left"
             logger.info(f"{self.title}: {self.count:,} of {self.total:,}, {times}")
-
-
-def _here(units: Sequence[Unit], prepare: Callable[[], None]) -> Generator[tuple[Unit, Any], None, None]:
-    prepare()
-    for unit in units:
-        yield unit, unit.work(*unit.arguments)
-
-
-def _apart(units: Sequence[Unit], prepare: Callable[[], None], jobs: int) -> Generator[tuple[Unit, Any], None, None]:
-    context = multiprocessing.get_context("forkserver")  # not forked from this process, whose libraries have threads
-    others = multiprocessing.active_children()
-    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_begin, initargs=(prepare,))
-    waiting = {pool.submit(unit.work, *unit.arguments): unit for unit in units}
-    try:
-        while waiting:
-            for future in wait(waiting, return_when=FIRST_COMPLETED).done:
-                result = future.result()
-                yield waiting.pop(future), result
-    except BrokenProcessPool:
-        raise MachineError(
-            "a worker process was killed or could not begin, perhaps for lack of memory; what is done is kept, start "
-            f"again with fewer than {jobs} --jobs"
-        ) from None
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-        if waiting:  # what a worker has in hand would take its time
-            for child in multiprocessing.active_children():
-                if child not in others:
-                    child.terminate()
-
-
-def _begin(prepare: Callable[[], None]) -> None:
-    """In a worker: it leaves Ctrl-C to the process that started it, and ends when that is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def outlive() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=outlive, daemon=True).start()
-    prepare()

@@ -7,6 +7,7 @@ weights and average precisions these are; docs/downstream.md has all of it, with
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import statistics
 from collections.abc import Callable, Sequence
@@ -255,25 +256,18 @@ class Sets(NamedTuple):
             found.update(np.ascontiguousarray(array).data)
         return found.hexdigest()[:16]
 
-    def write(self, folder: Path) -> None:
-        """Into files that all processes map."""
+    def write(self, parent: Path) -> Path:
+        """Into a folder of files that all processes map, named by `digest`; returns it."""
+        folder = parent / self.digest()
         folder.mkdir(parents=True, exist_ok=True)
         for name, array in zip(NAMES, self, strict=True):
             np.save(folder / f"{name}.npy", np.asarray(array), allow_pickle=False)
+        return folder
 
 
-_sets: Sets | None = None
-
-
-def open_sets(folder: Path) -> None:
-    """Prepare this process for the units below."""
-    global _sets
-    _sets = Sets(*(np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in NAMES))
-
-
-def _here() -> Sets:
-    assert _sets is not None, "open_sets comes first"
-    return _sets
+@functools.lru_cache(maxsize=1)
+def _open(folder: Path) -> Sets:
+    return Sets(*(np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in NAMES))
 
 
 def _one_thread() -> Any:
@@ -282,41 +276,43 @@ def _one_thread() -> Any:
     return threadpool_limits(1)
 
 
-def _cross_validate(number: int, cost: float) -> list[float]:
+def _cross_validate(folder: Path, number: int, cost: float) -> list[float]:
+    sets = _open(folder)
     with _one_thread():
-        return cross_validated(_here().train, _here().train_targets[:, number] == 1, cost)
+        return cross_validated(sets.train, sets.train_targets[:, number] == 1, cost)
 
 
-def _test(number: int, cost: float) -> dict[str, Any]:
+def _test(folder: Path, number: int, cost: float) -> dict[str, Any]:
+    sets = _open(folder)
     with _one_thread():
-        found = fit(_here().train, _here().train_targets[:, number] == 1, cost)
-        return {
-            "ap": classified(_here().test_targets[:, number], found.scores(_here().test), "envelope"),
-            "converged": found.converged,
-        }
+        found = fit(sets.train, sets.train_targets[:, number] == 1, cost)
+        ap = classified(sets.test_targets[:, number], found.scores(sets.test), "envelope")
+    return {"ap": ap, "converged": found.converged}
 
 
-def _low_shot(number: int, column: Targets, costs: Sequence[float]) -> dict[str, Any]:
-    used = np.flatnonzero(column != UNUSED)
+def _low_shot(folder: Path, number: int, drawn: Targets, costs: Sequence[float]) -> dict[str, Any]:
+    sets, used = _open(folder), np.flatnonzero(drawn != UNUSED)
     with _one_thread():
-        rows, positive = _here().train[used], column[used] == 1
+        rows, positive = sets.train[used], drawn[used] == 1
         found = [fit(rows, positive, cost) for cost in costs]
         weights = np.stack([one.weight for one in found], axis=1)  # all costs in one pass over the test rows
-        scores = _here().test @ weights + np.array([one.bias for one in found])
-        target = _here().test_targets[:, number]
-        return {
-            "ap": [classified(target, column, "envelope") for column in scores.T],
-            "converged": all(one.converged for one in found),
-        }
+        scores = sets.test @ weights + np.array([one.bias for one in found])
+        ap = [classified(sets.test_targets[:, number], of_cost, "envelope") for of_cost in scores.T]
+    return {"ap": ap, "converged": all(one.converged for one in found)}
 
 
-def cost_units(data: str, targets: Targets, costs: Sequence[float]) -> list[Unit]:
-    """Cross-validation of every class (outer) at every cost; of each, the average precision of every fold."""
+def cost_units(folder: Path, targets: Targets, costs: Sequence[float]) -> list[Unit]:
+    """Cross-validation of every class (outer) at every cost; of each, the average precision of every fold.
+
+    Args:
+        folder: that `Sets.write` gave.
+        targets: of the training set.
+    """
     return [
         Unit(
-            {"data": data, "task": "cost", "class": number, "cost": cost},
+            {"data": folder.name, "task": "cost", "class": number, "cost": cost},
             _cross_validate,
-            (number, cost),
+            (folder, number, cost),
             size=len(targets) * (0.5 + cost**0.5),
         )
         for number in range(targets.shape[1])
@@ -324,15 +320,20 @@ def cost_units(data: str, targets: Targets, costs: Sequence[float]) -> list[Unit
     ]
 
 
-def test_units(data: str, targets: Targets, chosen: Sequence[float]) -> list[Unit]:
+def test_units(folder: Path, targets: Targets, chosen: Sequence[float]) -> list[Unit]:
     """The classifier of every class on all rows at its chosen cost, tested."""
     return [
-        Unit({"data": data, "task": "test", "class": number, "cost": cost}, _test, (number, cost), size=len(targets))
+        Unit(
+            {"data": folder.name, "task": "test", "class": number, "cost": cost},
+            _test,
+            (folder, number, cost),
+            size=len(targets) * (0.5 + cost**0.5),
+        )
         for number, cost in enumerate(chosen)
     ]
 
 
-def low_shot_units(data: str, draws: dict[tuple[int, int], Targets], costs: Sequence[float]) -> list[Unit]:
+def low_shot_units(folder: Path, draws: dict[tuple[int, int], Targets], costs: Sequence[float]) -> list[Unit]:
     """Every (shots, sample), then every class: all costs, tested.
 
     Args:
@@ -341,7 +342,7 @@ def low_shot_units(data: str, draws: dict[tuple[int, int], Targets], costs: Sequ
     return [
         Unit(
             {
-                "data": data,
+                "data": folder.name,
                 "task": "low-shot",
                 "shots": shots,
                 "sample": sample,
@@ -350,7 +351,7 @@ def low_shot_units(data: str, draws: dict[tuple[int, int], Targets], costs: Sequ
                 "costs": list(costs),
             },
             _low_shot,
-            (number, drawn[:, number], tuple(costs)),
+            (folder, number, drawn[:, number], tuple(costs)),
             size=(4 + shots) * len(costs),
         )
         for (shots, sample), drawn in draws.items()
@@ -395,20 +396,25 @@ Work = Callable[[list[Unit], str], list[Any]]
 """Does units, with a title for what is said; their results in order."""
 
 
-def measure(sets: Sets, classes: Sequence[str], costs: Sequence[float], work: Work) -> dict[str, Any]:
+def measure(
+    folder: Path, targets: Targets, classes: Sequence[str], costs: Sequence[float], work: Work
+) -> dict[str, Any]:
     """The full protocol: a cost for every class by cross-validation, a classifier on all training rows, its test.
+
+    Args:
+        folder: that `Sets.write` gave.
+        targets: [N, C] of the training set.
 
     Returns:
         `map` and `ap` of each class in percent; `cost` of each class; `cross_validation`, class -> percent for each
         cost, or None where one cost leaves nothing to choose; `unconverged`, how many classifiers are.
     """
-    data, targets = sets.digest(), sets.train_targets
     chosen, means = [costs[0]] * len(classes), None
     if len(costs) > 1:
-        found = work(cost_units(data, targets, costs), "SVM, costs")
+        found = work(cost_units(folder, targets, costs), "SVM, costs")
         means = 100 * np.array(found).mean(axis=1).reshape(len(classes), len(costs))
         chosen = [costs[choose(scores)] for scores in means.tolist()]
-    tests = work(test_units(data, targets, chosen), "SVM, tests")
+    tests = work(test_units(folder, targets, chosen), "SVM, tests")
     ap = [100 * test["ap"] for test in tests]
     return {
         "map": statistics.fmean(ap),
@@ -420,20 +426,22 @@ def measure(sets: Sets, classes: Sequence[str], costs: Sequence[float], work: Wo
 
 
 def measure_low_shot(
-    sets: Sets, draws: dict[tuple[int, int], Targets], costs: Sequence[float], work: Work
+    folder: Path, draws: dict[tuple[int, int], Targets], costs: Sequence[float], work: Work
 ) -> dict[str, Any]:
     """Low-shot: every draw, class and cost.
 
     Args:
+        folder: that `Sets.write` gave.
         draws: (shots, sample) -> [N, C], samples of one number of shots one after the other.
 
     Returns:
         `shots`: number -> `low_shot_result`, in percent; `draws`: number -> the `digest` of each sample; `published`:
         whether all first samples are those that the protocol's authors published; `unconverged`.
     """
-    found = work(low_shot_units(sets.digest(), draws, costs), "low-shot SVM")
+    found = work(low_shot_units(folder, draws, costs), "low-shot SVM")
     numbers = list(dict.fromkeys(shots for shots, _ in draws))
-    ap = 100 * np.array([one["ap"] for one in found]).reshape(len(numbers), -1, sets.train_targets.shape[1], len(costs))
+    classes = next(iter(draws.values())).shape[1]
+    ap = 100 * np.array([one["ap"] for one in found]).reshape(len(numbers), -1, classes, len(costs))
     digests = {number: [digest(drawn) for (shots, _), drawn in draws.items() if shots == number] for number in numbers}
     return {
         "shots": {str(number): low_shot_result(ap[place], costs) for place, number in enumerate(numbers)},

@@ -178,14 +178,9 @@ def sets(targets=TARGETS, rows=ALL):
     return svm.Sets(train[rows], targets[rows], test, TARGETS)
 
 
-def here(folder):
+def here(units, title):
     """Work in this process, without a ledger."""
-
-    def work(units, title):
-        svm.open_sets(folder)
-        return [unit.work(*unit.arguments) for unit in units]
-
-    return work
+    return [unit.work(*unit.arguments) for unit in units]
 
 
 def test_difficult_images_train_the_full_svm_and_no_other(tmp_path):
@@ -193,16 +188,16 @@ def test_difficult_images_train_the_full_svm_and_no_other(tmp_path):
     without = np.setdiff1d(ALL, [7, 8])  # those that are difficult for a class
     for name, rows, targets in (("all", ALL, TARGETS), ("without", without, TARGETS), ("absent", ALL, TARGETS.clip(0))):
         found = sets(targets, rows)
-        found.write(tmp_path / name)
+        folder = found.write(tmp_path)
         draws = {(1, sample): svm.draw(TARGETS, ALL, 1, sample)[rows] for sample in range(20)}
         draws = {key: drawn for key, drawn in draws.items() if all((svm.draw(TARGETS, ALL, *key)[[7, 8]] == -1).all(1))}
-        work = here(tmp_path / name)
-        full = svm.measure(found, "abc", [1.0], work)["ap"], svm.fit(found.train, found.train_targets[:, 0] == 1, 1.0)
-        results[name] = full, svm.measure_low_shot(found, draws, [1.0, 10.0], work)["shots"]
-    assert draws and results["all"][1] == results["without"][1] == results["absent"][1]
-    weights = {name: full[1].weight for name, (full, _) in results.items()}
-    assert np.array_equal(weights["all"], weights["absent"]) and not np.allclose(weights["all"], weights["without"])
-    assert results["all"][0][0] == results["absent"][0][0]
+        full = svm.measure(folder, found.train_targets, "abc", [1.0], here)["ap"]
+        weight = svm.fit(found.train, found.train_targets[:, 0] == 1, 1.0).weight
+        results[name] = full, weight, svm.measure_low_shot(folder, draws, [1.0, 10.0], here)["shots"]
+    full, weight, low_shot = ({name: found[part] for name, found in results.items()} for part in range(3))
+    assert draws and low_shot["all"] == low_shot["without"] == low_shot["absent"]
+    assert np.array_equal(weight["all"], weight["absent"]) and not np.allclose(weight["all"], weight["without"])
+    assert full["all"]["a"] == full["absent"]["a"]
 
 
 def test_a_test_leaves_out_what_is_difficult_of_its_class(tmp_path):
@@ -210,18 +205,17 @@ def test_a_test_leaves_out_what_is_difficult_of_its_class(tmp_path):
     turned = found.test.copy()
     # Difficult for the first class, and what a classifier of the second takes for it, which it is not.
     turned[8] = svm.normalized(svm.fit(found.train, TARGETS[:, 1] == 1, 0.5).weight[None])[0]
-    for name, test in (("as it is", found.test), ("turned", turned)):
-        found._replace(test=test).write(tmp_path / name)
-    one, two = (svm.measure(found, "abc", [0.5], here(tmp_path / name)) for name in ("as it is", "turned"))
+    one, two = (
+        svm.measure(found._replace(test=test).write(tmp_path), TARGETS, "abc", [0.5], here)
+        for test in (found.test, turned)
+    )
     assert one["ap"]["a"] == two["ap"]["a"] and one["ap"]["b"] > two["ap"]["b"]
     assert one["unconverged"] == 0 and one["cross_validation"] is None and set(one["cost"].values()) == {0.5}
 
 
 def test_the_full_protocol_takes_the_best_cost_of_each_class(tmp_path):
-    found = sets()
-    found.write(tmp_path)
-    costs = [1.0, 100.0, 2.0**-4]
-    got = svm.measure(found, "abc", costs, here(tmp_path))
+    found, costs = sets(), [1.0, 100.0, 2.0**-4]
+    got = svm.measure(found.write(tmp_path), TARGETS, "abc", costs, here)
     for number, name in enumerate("abc"):
         positive = TARGETS[:, number] == 1
         scores = [100 * np.mean(svm.cross_validated(found.train, positive, cost)) for cost in costs]
@@ -240,10 +234,6 @@ def die(number):
     os._exit(number)
 
 
-def nothing():
-    pass
-
-
 def units(work, count=4):
     return [pool.Unit({"n": number}, work, (number,), size=1 + number) for number in range(count)]
 
@@ -252,34 +242,33 @@ def units(work, count=4):
 def test_a_ledger_keeps_what_is_done(jobs, tmp_path, caplog):
     caplog.set_level("INFO", logger="burn")
     path = tmp_path / "new" / "results.jsonl"
-    ledger = pool.Ledger(path)
-    options = {"prepare": nothing, "jobs": jobs, "title": "work"}
-    assert pool.run(units(double), ledger, **options) == [0, 2, 4, 6]
-    assert caplog.messages[-1].startswith("work: 4 of 4, ") and caplog.messages[-1].endswith(" left")
-    if jobs == 1:  # a lock belongs to a process: another has to ask
-        other = start_process(pool.Ledger, path)
-        other.join()
-        assert other.exitcode == 1
-    ledger.close()
+    with pool.Pool(pool.Ledger(path), jobs) as workers:
+        assert workers.run(units(double), "work") == [0, 2, 4, 6]
+        assert caplog.messages[-1].startswith("work: 4 of 4, ") and caplog.messages[-1].endswith(" left")
+        assert workers.run([pool.Unit({"n": "?"}, os.getpid, (), size=1)], "work") != [os.getpid()] or jobs == 1
+        if jobs == 1:  # a lock belongs to a process: another has to ask
+            other = start_process(pool.Ledger, path)
+            other.join()
+            assert other.exitcode == 1
     lines = path.read_bytes().splitlines(keepends=True)
-    assert len(lines) == 4
+    assert len(lines) == 5
     if jobs == 1:
         assert lines[0] == b'{"key": {"n": 3}, "result": 6}\n'  # the longest first
     path.write_bytes(b"".join(lines[:2]) + b"nonsense\n" + lines[2][:9])  # killed while it wrote
-    ledger = pool.Ledger(path)
-    assert pool.run(units(double), ledger, **options) == [0, 2, 4, 6] and len(path.read_bytes().splitlines()) == 5
-    assert "work: 2 of 4 are there from an earlier call" in caplog.messages
-    caplog.clear()
-    assert pool.run(units(die), ledger, **options) == [0, 2, 4, 6] and not caplog.messages  # nothing is left to do
-    ledger.close()
+    with pool.Pool(pool.Ledger(path), jobs) as workers:
+        assert (
+            workers.run(units(double), "work", here=True) == [0, 2, 4, 6] and len(path.read_bytes().splitlines()) == 5
+        )
+        assert "work: 2 of 4 are there from an earlier call" in caplog.messages
+        caplog.clear()
+        assert workers.run(units(die), "work") == [0, 2, 4, 6] and not caplog.messages  # nothing is left to do
 
 
 def test_a_worker_that_is_killed_is_one_line_and_what_is_done_is_kept(tmp_path):
-    ledger = pool.Ledger(tmp_path / "results.jsonl")
-    ledger.add(units(double)[2], 4)
-    with pytest.raises(MachineError, match="a worker process was killed .* fewer than 2 --jobs"):
-        pool.run(units(die), ledger, prepare=nothing, jobs=2, title="work")
-    ledger.close()
+    with pool.Pool(pool.Ledger(tmp_path / "results.jsonl"), 2) as workers:
+        workers.ledger.add(units(double)[2], 4)
+        with pytest.raises(MachineError, match="a worker process was killed .* fewer than 2 --jobs"):
+            workers.run(units(die), "work")
     assert (tmp_path / "results.jsonl").read_bytes() == b'{"key": {"n": 2}, "result": 4}\n'
 
 
@@ -387,6 +376,27 @@ def test_files_of_draws_take_the_place_of_our_own(network, scenes, tmp_path, cap
     assert ours["networks"] == files["networks"] and ours["protocol"] != files["protocol"]
     assert probe(*arguments, "--samples", tmp_path, "--shots", 2, "--out", tmp_path / "none") == 2
     assert "train_targets_sample1_k2.npy: cannot be read" in capsys.readouterr().err
+
+
+def test_images_that_cannot_be_decoded_are_not_drawn(network, scenes, tmp_path, capsys):
+    copy = tmp_path / "kit"
+    shutil.copytree(scenes, copy)
+    scene = voc.read(f"{copy}#2007_trainval")
+    first = svm.draw(scene.targets, np.arange(100), 1, 0)
+    row = int(np.flatnonzero((first != svm.UNUSED).any(1))[0])  # one that would be drawn
+    path = copy / scene.names[row]
+    path.write_bytes(path.read_bytes()[:-300])
+    for sample in range(5):
+        np.save(
+            tmp_path / f"train_targets_sample{sample + 1}_k1.npy", svm.draw(scene.targets, np.arange(100), 1, sample)
+        )
+    arguments = [network, "--task", "lowshot", "--data", f"{copy}#2007", "--shots", 1, "--costs", 1, "--jobs", 1]
+    assert probe(*arguments, "--out", tmp_path / "out") == 0
+    found = json.loads((tmp_path / "out/probe.json").read_text())["networks"][str(network)]["lowshot"]
+    assert found["images"] == [99, 25] and found["left_out"] == [1, 0]
+    capsys.readouterr()
+    assert probe(*arguments, "--samples", tmp_path, "--out", tmp_path / "out") == 2
+    assert f"{path}: cannot be decoded, and {tmp_path} has drawn it" in capsys.readouterr().err
 
 
 def test_pcls_protocol_is_another(network, scenes, tmp_path, capsys):

@@ -19,7 +19,6 @@ import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,13 +28,13 @@ import numpy as np
 import torch
 
 import loaders
-from engine import dist, evals, pool, provenance, svm
+from engine import dist, evals, provenance, svm
 from engine.data import check_classes, open_once
 from engine.dist import World
 from engine.errors import RecipeError
 from engine.features import ALONE, Features, check, data_of, extract
 from engine.log import Progress, logger, to_console
-from engine.pool import Ledger, Unit
+from engine.pool import Ledger, Pool, Unit
 from engine.results import figures, runs
 from engine.trained import Trained, open_trained
 from loaders import DataConfig, DataError, Index, machine, voc
@@ -105,13 +104,14 @@ def main() -> int:
         sets = open_sets(roots, reading, arguments, world)
         shots = dist.together(lambda: checked(sets, arguments))
         ledger = dist.together(lambda: Ledger(out / "results.jsonl") if world.is_main else None)
-        call = Call(arguments, roots, sets, shots, ledger, world.device)
+        call = Call(arguments, roots, sets, shots, world.device)
         for trained, plan in itertools.product(networks.values(), dict.fromkeys(plans(arguments).values())):
             features_of(trained, plan, call, world)  # into the cache: those of all networks may be more than fits
     if ledger is None:
         return 0
-    result = {**about(call), "networks": {name: measure(name, trained, call) for name, trained in networks.items()}}
-    ledger.close()
+    with Pool(ledger, arguments.jobs) as pool:
+        found = {name: measure(name, trained, call, pool) for name, trained in networks.items()}
+    result = {**about(call), "networks": found}
     failed = checked_answers(result, arguments.check) if arguments.check else []
     write(result, out)
     return 1 if failed else 0
@@ -271,14 +271,12 @@ def checked(sets: dict[str, Labeled], arguments: argparse.Namespace) -> list[int
     Raises:
         DataError, RecipeError: they cannot.
     """
-    train, val = sets["train"], sets["val"]
+    train = sets["train"]
     classes = train.classes
     if "knn" in arguments.task and any(one.index.label is None for one in sets.values()):
         raise RecipeError(f"--task knn: expected one class for each image, {train.name} has several")
     if fits(arguments):
-        least = svm.FOLDS if "svm" in arguments.task and len(arguments.costs) > 1 else 1
-        svm.check(train.targets, classes, train.name, least)
-        svm.check(val.targets, classes, val.name, 1)
+        check_counts(sets, {split: one.targets for split, one in sets.items()}, arguments)
     if "lowshot" not in arguments.task:
         return []
     shots = svm.possible(train.targets, arguments.shots)
@@ -297,6 +295,17 @@ def checked(sets: dict[str, Labeled], arguments: argparse.Namespace) -> list[int
     return shots
 
 
+def check_counts(sets: dict[str, Labeled], targets: dict[str, svm.Targets], arguments: argparse.Namespace) -> None:
+    """See that every class can be learned and tested; again where some images could not be decoded.
+
+    Raises:
+        DataError: it cannot.
+    """
+    least = {"train": svm.FOLDS if "svm" in arguments.task and len(arguments.costs) > 1 else 1, "val": 1}
+    for split, one in sets.items():
+        svm.check(targets[split], one.classes, one.name, least[split])
+
+
 class Call(NamedTuple):
     """What all networks of a call share."""
 
@@ -304,8 +313,6 @@ class Call(NamedTuple):
     roots: dict[str, str]
     sets: dict[str, Labeled]
     shots: list[int]
-    ledger: Ledger | None
-    """Of the first rank alone."""
     device: torch.device
 
 
@@ -324,14 +331,14 @@ def features_of(trained: Trained, plan: Plan, call: Call, world: World = ALONE) 
 # ------------------------------------------------------------------------------------------------ measuring
 
 
-def measure(name: str, trained: Trained, call: Call) -> dict[str, Any]:
+def measure(name: str, trained: Trained, call: Call, pool: Pool) -> dict[str, Any]:
     """All tasks of one network, on the first rank."""
     result: dict[str, Any] = {"part": trained.part, "step": trained.step}
     for task, plan in plans(call.arguments).items():
         train, val = features_of(trained, plan, call)
         assert train is not None and val is not None
         result["weights"] = train.of["weights"]
-        found = knn(name, train, val, call) if task == "knn" else fitted(task, name, train, val, call)
+        found = knn(name, train, val, call, pool) if task == "knn" else fitted(task, name, train, val, call, pool)
         result[task] = {
             "layer": plan.layer,
             "view": train.of["view"],
@@ -343,46 +350,40 @@ def measure(name: str, trained: Trained, call: Call) -> dict[str, Any]:
     return result
 
 
-def fitted(task: str, name: str, train: Features, val: Features, call: Call) -> dict[str, Any]:
+def fitted(task: str, name: str, train: Features, val: Features, call: Call, pool: Pool) -> dict[str, Any]:
     """The SVMs of a task."""
-    targets = [call.sets[split].targets[one.rows] for split, one in (("train", train), ("val", val))]
-    ready = svm.Sets(svm.normalized(train.array), targets[0], svm.normalized(val.array), targets[1])
-    folder = call.arguments.out / "rows"  # what all processes map; it may be left of a call that was killed
+    targets = {split: call.sets[split].targets[one.rows] for split, one in (("train", train), ("val", val))}
+    check_counts(call.sets, targets, call.arguments)
+    ready = svm.Sets(svm.normalized(train.array), targets["train"], svm.normalized(val.array), targets["val"])
+    parent = call.arguments.out / "rows"  # it may be left of a call that was killed
 
     def work(units: list[Unit], title: str) -> list[Any]:
-        assert call.ledger is not None
-        prepare = partial(svm.open_sets, folder)
-        return pool.run(units, call.ledger, prepare=prepare, jobs=call.arguments.jobs, title=f"{name}: {title}")
+        return pool.run(units, f"{name}: {title}")
 
     try:
-        ready.write(folder)
+        folder, costs = ready.write(parent), call.arguments.costs
         if task == "svm":
-            return svm.measure(ready, call.sets["train"].classes, call.arguments.costs, work)
+            return svm.measure(folder, targets["train"], call.sets["train"].classes, costs, work)
         draws = {
             (number, sample): drawn(call.sets["train"], train.rows, number, sample, call.arguments)
             for number in call.shots
             for sample in range(svm.SAMPLES)
         }
-        return svm.measure_low_shot(ready, draws, call.arguments.costs, work)
+        return svm.measure_low_shot(folder, draws, costs, work)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(parent, ignore_errors=True)
 
 
-def knn(name: str, train: Features, val: Features, call: Call) -> dict[str, Any]:
+def knn(name: str, train: Features, val: Features, call: Call, pool: Pool) -> dict[str, Any]:
     """k-NN, kept in the ledger like every fit."""
-    assert call.ledger is not None
     unit = Unit(
         {"features": [train.hash, val.hash], "task": "knn", "neighbors": NEIGHBORS, "temperature": TEMPERATURE},
-        partial(nearest_neighbors, train, val, call.device),
-        (),
+        nearest_neighbors,
+        (train, val, call.device),
         size=1,
     )
-    (found,) = pool.run([unit], call.ledger, prepare=no_preparation, jobs=1, title=f"{name}: k-NN")
+    (found,) = pool.run([unit], f"{name}: k-NN", here=True)
     return {"neighbors": found}
-
-
-def no_preparation() -> None:
-    """Of work that needs none."""
 
 
 def nearest_neighbors(train: Features, val: Features, device: torch.device) -> dict[str, dict[str, float]]:
