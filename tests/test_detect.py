@@ -2,22 +2,25 @@
 
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from engine import evals
 from engine import recipe as recipes
 from engine.bench.variants import variants
+from engine.data import sets_of
 from engine.errors import RecipeError
 from engine.schedules import Horizon, value
 from models import cost, detector, methods
 from models.reactnet import Config as ReActNetConfig
 from models.resnet import Config as ResNetConfig
 from models.statistics import reestimate
-from tests.processes import run_ranks
+from tests.processes import run_ranks, tool
 from tests.runs import differences, rows, run, trainer_of
 from tests.tiny import ROOT, SHALLOW, tiny
 
@@ -27,7 +30,15 @@ VOC = "downstream/voc_c4.yaml"
 
 def build(**keys):
     backbone = {"arch": "reactnet", "width": 4, "multiples": tuple(SHALLOW), "pooled_mlp": False}
-    values = {"name": "detect", "backbone": backbone, "num_classes": 3, "rois": 16, **keys}
+    values = {
+        "name": "detect",
+        "backbone": backbone,
+        "num_classes": 3,
+        "rois": 16,
+        "pyramid_dim": 16,
+        "hidden_dim": 32,
+        **keys,
+    }
     return methods.load("detect").Config.model_validate(values).build().train()
 
 
@@ -205,8 +216,6 @@ def test_more_that_does_not_fit(tmp_path):
         tiny(VOC, tmp_path, "run.kernels=fused", "method.norm=frozen")
     with pytest.raises(RecipeError, match="evals.0.kind: method classify learns no boxes"):
         tiny("quick/supervised.yaml", tmp_path, "evals.0.kind=detection")
-    with pytest.raises(RecipeError, match="precise_bn: expected with kind: detection only"):
-        tiny("quick/supervised.yaml", tmp_path, "evals.0.precise_bn=1")
     with pytest.raises(RecipeError, match="differ in the sizes of their images"):
         variants(tiny(VOC, tmp_path), torch.device("cpu"))
     assert tiny(VOC, tmp_path, "run.kernels=fused", "evals.0.average_precision=envelope").evals[0].precise_bn == 1
@@ -274,6 +283,25 @@ def test_statistics_are_means_over_batches():
     assert frozen.roi_norm.num_batches_tracked == 1 and not frozen.training
 
 
+@pytest.mark.parametrize("kernels", ["torch", "fused"])
+def test_statistics_of_a_network_are_means_over_batches(kernels):
+    torch.manual_seed(0)
+    network = ReActNetConfig(width=2, multiples=tuple(SHALLOW), pooled_mlp=False).build().double().train()
+    network.fused = kernels == "fused"
+    norm, batches = network.blocks[0].norm1, [torch.randn(2, 3, 32, 32, dtype=F64) * (1 + n) + n for n in range(3)]
+    inputs = []
+    network.fused, is_fused = False, network.fused
+    hook = norm.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    for batch in batches:
+        network(batch)
+    hook.remove()
+    network.fused = is_fused
+    reestimate(network, iter(batches))
+    assert torch.allclose(norm.running_mean, torch.stack([x.mean((0, 2, 3)) for x in inputs]).mean(0), atol=1e-12)
+    assert torch.allclose(norm.running_var, torch.stack([x.var((0, 2, 3)) for x in inputs]).mean(0), atol=1e-12)
+    assert norm.momentum == 0.1 and norm.training
+
+
 # ------------------------------------------------------------------------------------------------ evaluation
 
 
@@ -289,7 +317,7 @@ def evaluate(folder, precise_bn):
         trainer.method.predictor.cls_score.weight.mul_(100)
         trainer.method.predictor.bbox_pred.weight.mul_(100)
     before = {name: tensor.clone() for name, tensor in trainer.method.state_dict().items()}
-    scores = evals.run(recipe.evals[0], trainer.method, recipe, trainer.indices, trainer.world, 3)
+    scores = evals.run(recipe.evals[0], trainer.method, recipe, sets_of(recipe, 0, trainer.indices), trainer.world, 3)
     assert differences(before, dict(trainer.method.state_dict())) == [] and trainer.method.training
     if trainer.world.is_main:
         (folder / f"{trainer.world.world_size}.json").write_text(json.dumps(scores))
@@ -325,3 +353,46 @@ def test_a_run_keeps_its_detections(tmp_path):
     assert sorted(path.name for path in recipe.folder.glob("*.npz")) == ["detections-1.npz", "detections-2.npz"]
     scored = [row for row in rows(recipe) if row.get("evaluation") == "detection"]
     assert len(scored) == 2 and all(math.isfinite(row["ap50"]) for row in scored)
+
+
+def test_what_is_frozen_is_not_measured_anew(tmp_path):
+    recipe = tiny(VOC, tmp_path, "method.norm=frozen", "evals.0.precise_bn=2")
+    trainer = trainer_of(recipe)
+    method, seen = trainer.method, []
+
+    def watch(module, args):
+        seen.append({name: buffer.clone() for name, buffer in method.named_buffers()})
+
+    before = {name: buffer.clone() for name, buffer in method.named_buffers()}
+    method.roi_norm.register_forward_pre_hook(watch)
+    evals.run(recipe.evals[0], method, recipe, sets_of(recipe, 0, trainer.indices), trainer.world)
+    changed = {name for name, buffer in seen[-1].items() if not torch.equal(buffer, before[name])}
+    assert changed and all(name.startswith("roi_norm.") for name in changed)
+    assert differences(before, dict(method.named_buffers())) == []
+
+
+def test_detections_are_drawn(tmp_path, monkeypatch, capsys):
+    def draw(*arguments):
+        monkeypatch.setattr(sys, "argv", ["show_detections.py", str(tmp_path), *arguments])
+        return tool("show_detections").main()
+
+    assert draw() == 2 and "detections-*.npz: no such file, there is none" in capsys.readouterr().err
+    Image.new("RGB", (80, 40)).save(tmp_path / "a.png")
+    kept = {
+        "detections": [[5, 1, 0.9, 10, 10, 30, 30], [5, 0, 0.4, 50, 5, 70, 35]],
+        "images": [3, 5],
+        "paths": [str(tmp_path / "a.png")] * 2,
+        "classes": ["cat", "dog"],
+    }
+    np.savez(tmp_path / "detections-7.npz", **kept)
+    assert draw() == 0
+    sheet = np.asarray(Image.open(tmp_path / "detections.png"))
+    scale = 320 / 40
+    assert sheet.shape[:2] == (324, 2 * (80 * scale + 4))
+    second = sheet[:, int(80 * scale) + 4 :]
+    assert tuple(second[int(20 * scale), int(10 * scale)]) == (51, 255, 255)  # dog: half around the circle of hues
+    assert not sheet[:320, : int(80 * scale)].any() and not second[50:320, int(50 * scale) : int(79 * scale)].any()
+    assert draw("--score", "0.3", "--step", "7", "--count", "1", "--out", str(tmp_path / "b.png")) == 0
+    assert draw("--step", "8") == 2 and "there are those of steps 7" in capsys.readouterr().err
+    (tmp_path / "detections-7.npz").write_bytes(b"PK\3\4")
+    assert draw() == 2 and "not the detections of an evaluation, or damaged" in capsys.readouterr().err

@@ -21,10 +21,6 @@ from models import backbones, detector
 from models.methods import Method, MethodConfig
 from models.precision import at_least_float32
 
-PYRAMID = 256
-"""Channels of the pyramid's maps."""
-HIDDEN = 1024
-"""Width of the two layers that look at the pyramid's boxes."""
 LOSSES = {
     "loss_objectness": "objectness",
     "loss_rpn_box_reg": "proposal_boxes",
@@ -50,6 +46,10 @@ class Config(MethodConfig):
     shifts stay as they were loaded; the scale of a binary convolution then moves with its latent weights."""
     rois: int = Field(default=512, ge=1)
     """Proposals of each image that train."""
+    pyramid_dim: int = Field(default=256, ge=1)
+    """Channels of the pyramid's maps."""
+    hidden_dim: int = Field(default=1024, ge=1)
+    """Width of the two layers that look at the pyramid's boxes."""
 
     @model_validator(mode="after")
     def _has_maps(self) -> Config:
@@ -110,11 +110,12 @@ class Detect(Method):
         else:
             self.strides, self.bins = strides[-4:], 7
             inputs = [channels[stride] for stride in self.strides]
-            self.fpn = FeaturePyramidNetwork(inputs, PYRAMID, LastLevelMaxPool())
+            width, hidden = config.pyramid_dim, config.hidden_dim
+            self.fpn = FeaturePyramidNetwork(inputs, width, LastLevelMaxPool())
             sides = [[side] for side in detector.ANCHORS[: len(inputs) + 1]]
-            self.rpn = detector.region_proposals(PYRAMID, sides, kept=(2000, 1000))
+            self.rpn = detector.region_proposals(width, sides, kept=(2000, 1000))
             self.predictor = nn.Sequential(
-                TwoMLPHead(PYRAMID * self.bins**2, HIDDEN), detector.predictor(HIDDEN, config.num_classes)
+                TwoMLPHead(width * self.bins**2, hidden), detector.predictor(hidden, config.num_classes)
             )
 
     def _norms(self) -> list[nn.Module]:
