@@ -361,8 +361,9 @@ def _keep(path: Path, columns: dict[str, Any]) -> None:
     names of the `classes`. A full disk must not cost the run."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        arrays: Any = {name: np.asarray(column) for name, column in columns.items()}
         with aside(path) as out, open(out.part, "wb") as file:
-            np.savez(file, **{name: np.asarray(column) for name, column in columns.items()})
+            np.savez(file, **arrays)
     except OSError as error:
         logger.warning(f"{path} cannot be written: {error.strerror}; training continues")
 

@@ -75,17 +75,17 @@ class ResNet(Backbone):
 
     def maps(self, x: Tensor, until: int | None = None) -> dict[int, Tensor]:
         """See `Backbone.maps`: what the four layers give."""
-        x, found = self.maxpool(self.relu(self.bn1(self.conv1(x)))), {}
-        for stride, layer in zip(
-            self.config.strides, (self.layer1, self.layer2, self.layer3, self.layer4), strict=True
-        ):
+        found = {}
+        for name in ("conv1", "bn1", "relu", "maxpool"):
+            x = self.get_submodule(name)(x)
+        for stride, name in zip(self.config.strides, ("layer1", "layer2", "layer3", "layer4"), strict=True):
             if until is None or stride <= until:
-                found[stride] = x = layer(x)
+                found[stride] = x = self.get_submodule(name)(x)
         return found
 
     def last_stage(self, x: Tensor) -> Tensor:
         """See `Backbone.last_stage`: `layer4`."""
-        return self.layer4(x)
+        return self.get_submodule("layer4")(x)
 
 
 @torch.no_grad()
