@@ -74,33 +74,25 @@ class Left:
             self._known.setdefault(kind, []).append(seconds / amount)
 
     def _each(self, kind: Any) -> list[float]:
-        """Seconds for an amount of 1, of runs of this kind or else of others that answer, or train, too."""
-        if kind in self._known:
-            return self._known[kind]
-        alike = [k for k in self._known if k[1] == kind[1]] or [k for k in self._known if bool(k[1]) == bool(kind[1])]
-        return [seconds for k in alike for seconds in self._known[k]]
-
-    def _each(self, kind: Any) -> list[float]:
         """Seconds for an amount of 1, of runs of this kind, or else of others that answer the same or train, too."""
         if kind in self._known:
             return self._known[kind]
         alike = [known for known in self._known if known[1] == kind[1]]
         return [seconds for known in alike for seconds in self._known[known]]
 
-    def seconds(self, running: dict[Path, float], jobs: int) -> float | None:
-        """Seconds until all is done; None while nothing like it has been measured.
+    def seconds(self, running: dict[Path, float], jobs: int) -> tuple[float, bool]:
+        """Seconds until all is done, and whether something like each of it has been measured; what has not is left out.
 
         Args:
             running: run folder -> seconds that this run itself expects.
         """
-        total = 0.0
+        total, is_whole = 0.0, True
         with self._lock:
             for folder, (kind, amount) in self._todo.items():
                 each = self._each(kind)
-                if folder not in running and not each:
-                    return None
-                total += running[folder] if folder in running else statistics.fmean(each) * amount
-        return total / jobs
+                is_whole &= folder in running or bool(each)
+                total += running[folder] if folder in running else statistics.fmean(each or [0.0]) * amount
+        return total / jobs, is_whole
 
 
 def _kind(run: Run) -> tuple[Any, float]:
@@ -166,10 +158,10 @@ class Pool:
 
     def _time_left(self) -> str:
         newest = {folder: _newest(folder) for _, folder, _ in list(self.running.values())}
-        seconds = self.left.seconds(
+        seconds, is_whole = self.left.seconds(
             {f: row["eta_seconds"] for f, row in newest.items() if "eta_seconds" in row}, self.jobs
         )
-        return "" if seconds is None else f", about {duration(seconds)} left"
+        return f", {'about' if is_whole else 'more than'} {duration(seconds)} left" if seconds else ""
 
     def _work(self, number: int) -> None:
         if self.jobs > 1 and not self.launcher:  # on Linux a thread's affinity is its own and its children's
