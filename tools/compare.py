@@ -119,7 +119,7 @@ class Pool:
         self._waiting = list(chains)
         self._change = threading.Condition()
 
-    def run(self, on_change: Callable[[], None]) -> None:
+    def run(self, on_change: Callable[[], object]) -> None:
         """Run everything; returns when all is done, has failed or was stopped.
 
         Args:

@@ -447,10 +447,10 @@ class Plan:
         `init` entries that name the default run folder of a teacher or of an earlier stage are pointed to where that
         one is here; all others stay.
         """
-        row, is_try = variant.row, cell is not None
+        row = variant.row
         folder = place or self.folder(variant) / f"seed{seed}"
         budget = self.spec.views or self.spec.images or 0
-        total = (self.spec.tries or 0) if is_try else budget * row.budget
+        total = budget * row.budget if cell is None else (self.spec.tries or 0)
         chosen = [] if row.random else _changes(cell if cell is not None else self._chosen_rate(variant))
         moved = {folder: self._folder_of(name) for name, folder in self._trained.items()}
         for number, stage in enumerate(variant.stages, 1):
@@ -467,9 +467,11 @@ class Plan:
             name = f"stage{number}"
             own = [f"run.folder={folder}", f"name={name}", f"seed={seed}", f"run.duration={steps}it", "evals=[]"]
             own += [init_from(*sources), *(["schedules.lr=0"] if row.random else [])]
-            if is_try:
+            if cell is not None:
                 changes = [*changes, f"data.hold_out={HELD_OUT}"]
-            yield Run(self._at(stage), [*own, *changes], cell=self._cells(variant).index(cell) if is_try else None)
+            yield Run(
+                self._at(stage), [*own, *changes], cell=None if cell is None else self._cells(variant).index(cell)
+            )
             moved[str(recipe.folder)] = folder / name
 
     def _network(self, variant: Variant, last: Run | None) -> Network | None:
