@@ -402,7 +402,7 @@ def test_a_table_runs_fails_in_one_row_and_continues(tmp_path):
     record = json.loads((tmp_path / "out/table.json").read_text())
     assert list(record["rows"]) == ["good"]
     result = record["rows"]["good"]["seeds"]["0"]
-    assert result["images"] == result["views"] == 32 and result["scores"].keys() == {"linear", "k-NN"}
+    assert result["images"] == result["views"] == 2 * 32 and result["scores"].keys() == {"linear", "k-NN"}
     assert result["monitors"]["binary/sign_flips"] >= 0 and len(result["recipes"]) == 4
     assert "method.trains=pre-fc" in (tmp_path / "out/table.md").read_text(), "which layer is probed"
     assert (tmp_path / "out/table.png").stat().st_size > 10_000 and "64.10" in (tmp_path / "out/table.md").read_text()
