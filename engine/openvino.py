@@ -60,7 +60,9 @@ def model(network: Network) -> Any:
 
     def signs(before: Layer, x: Any) -> Any:
         threshold = channels(before.blobs["threshold"])
-        return ops.fake_quantize(x, threshold, threshold, channels(np.zeros(1)), channels(np.ones(1)), 2)
+        return ops.fake_quantize(
+            x, threshold, threshold, constant(np.zeros((1, 1, 1, 1))), constant(np.ones((1, 1, 1, 1))), 2
+        )
 
     def stem(layer: Layer, x: Any) -> Any:
         weight = constant(layer.blobs["weight"].transpose(3, 2, 0, 1))
