@@ -33,7 +33,7 @@ from engine.log import duration, rate
 from engine.provenance import environment
 from engine.recipe import Recipe
 from engine.results import figures, runs, scores, table
-from engine.results.chain import Chain, Run, check
+from engine.results.chain import Chain, Run, check, forwards
 from engine.results.scores import Entry, Outcome
 from engine.results.table import Plan
 from loaders.files import aside, check_writable
@@ -424,7 +424,9 @@ def write(plan: Plan, results: dict[tuple[str, int | str], Outcome], *, figure: 
     runs.write_json(record, out / "table.json")
     if figure:
         curves = {
-            variant.label: [run.recipe().folder for run in plan.chain(variant, 0).make() if not run.tasks]
+            variant.label: [
+                (run.recipe().folder, forwards(run.recipe())) for run in plan.chain(variant, 0).make() if not run.tasks
+            ]
             for variant in plan.variants
             if (variant.label, 0) in results
         }

@@ -65,7 +65,7 @@ def draw_comparison(
     entries: Sequence[Entry],
     tasks: Sequence[str],
     pairs: Sequence[Difference],
-    curves: dict[str, list[Path]],
+    curves: dict[str, list[tuple[Path, int]]],
 ) -> None:
     """Draw a table of methods: the scores of each task, differences of pairs with their intervals, and two monitors
     over training.
@@ -76,7 +76,7 @@ def draw_comparison(
         entries: rows, in their order.
         tasks: names, in their order.
         pairs: differences, of all tasks.
-        curves: row -> run folders of its stages for one seed.
+        curves: row -> run folders of its stages for one seed, and the views that the network runs of an image there.
     """
     plt = pyplot()
     panels = [task for task in tasks if any(entry.scores(task) for entry in entries)]
@@ -104,18 +104,18 @@ def draw_comparison(
         style = {"color": f"C{number % 10}", "linestyle": "-" if number < 10 else "--", "linewidth": 1.2}
         for axis, monitor in zip(rest, ("binary/sign_flips", "features/rank"), strict=False):
             start, label = 0.0, name
-            for folder in folders:
+            for folder, views in folders:
                 rows = metrics(folder)
                 if found := [row for row in rows if monitor in row]:  # no signs flip where weights are real
-                    images = [start + row["images"] for row in found]
-                    axis.plot(images, [row[monitor] for row in found], label=label, **style)
+                    places = [start + views * row["images"] for row in found]
+                    axis.plot(places, [row[monitor] for row in found], label=label, **style)
                     label = "_"  # matplotlib's for none
-                start += max((row["images"] for row in rows), default=0)
+                start += views * max((row["images"] for row in rows), default=0)
     flips, rank, *unused = rest
-    flips.set(title="share of weight signs flipped between two logs", xlabel="images")
+    flips.set(title="share of weight signs flipped between two logs", xlabel="views")
     if any(value > 0 for drawn in flips.lines for value in drawn.get_ydata()):
         flips.set_yscale("log")
-    rank.set(title="effective rank of the features (RankMe)", xlabel="images", ylim=(0, None))
+    rank.set(title="effective rank of the features (RankMe)", xlabel="views", ylim=(0, None))
     if rank.lines:
         rank.legend(fontsize=7)
     for axis in unused:
