@@ -107,8 +107,8 @@ def draw_comparison(
             for folder, views in folders:
                 rows = metrics(folder)
                 if found := [row for row in rows if monitor in row]:  # no signs flip where weights are real
-                    places = [start + views * row["images"] for row in found]
-                    axis.plot(places, [row[monitor] for row in found], label=label, **style)
+                    seen = [start + views * row["images"] for row in found]
+                    axis.plot(seen, [row[monitor] for row in found], label=label, **style)
                     label = "_"  # matplotlib's for none
                 start += views * max((row["images"] for row in rows), default=0)
     flips, rank, *unused = rest
