@@ -21,7 +21,7 @@ from models.reactnet import Config as ReActNetConfig
 from models.resnet import Config as ResNetConfig
 from models.statistics import reestimate
 from tests.processes import run_ranks, tool
-from tests.runs import differences, rows, run, trainer_of
+from tests.runs import differences, prepare, rows, run, trainer_of
 from tests.tiny import ROOT, SHALLOW, tiny
 
 F64 = torch.float64
@@ -190,6 +190,17 @@ def test_what_is_found_depends_on_the_image_alone():
     assert len(alone) and torch.equal(alone, first)
     assert alone.shape[1] == 6 and set(alone[:, 0].tolist()) <= {0, 1, 2}
     assert (alone[:, 1].diff() <= 0).all() and alone[:, 4].max() <= 61 and alone[:, 5].max() <= 50
+
+
+@pytest.mark.parametrize("neck", ["c4", "fpn"])
+def test_sixteen_bits_hold_no_place_in_an_image_and_change_little(neck, tmp_path):
+    losses = []
+    for amp in ("off", "bf16"):  # a coordinate in bf16 would be pixels off
+        trainer, batches = prepare(tiny(VOC, tmp_path, f"run.amp={amp}", f"method.neck={neck}"))
+        trainer.step(batches)
+        losses.append(trainer.meter.read())
+    for name in ("objectness", "proposal_boxes", "classes"):
+        assert losses[1][name] == pytest.approx(losses[0][name], rel=0.01)
 
 
 # ------------------------------------------------------------------------------------------------ recipes
