@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -338,14 +339,17 @@ def _precise(
     before = [buffer.clone() for buffer in method.buffers()]
 
     def measure() -> None:
+        twin = copy.deepcopy(method)  # a method may keep something for the end of its step, which no step ends here
         torch.manual_seed(recipe.seed)  # the next step seeds anew
         place = world.place._replace(rank=0, world_size=1)
         loader = loaders.open_train(data, indices["trained_on"], seed=recipe.seed, place=place)
         try:
             batches = itertools.takewhile(lambda _: not consensus.asked_to_stop, itertools.islice(loader, count))
-            reestimate(method, batches, lambda batch: method(batch.views, batch.label, zeros))
+            reestimate(twin, batches, lambda batch: twin(batch.views, batch.label, zeros))
         finally:
             loader.close()
+        for buffer, new in zip(method.buffers(), twin.buffers(), strict=True):
+            buffer.copy_(new)
 
     try:
         _apart(measure, consensus)

@@ -434,6 +434,17 @@ def test_ranks_wait_as_long_as_the_recipe_says(tmp_path, monkeypatch):
     assert asked == [77]
 
 
+def test_batch_norm_of_an_evaluation_is_measured_anew_and_put_back(tmp_path):
+    states, answers = {}, {}
+    for count in (0, 2):
+        change = f"evals=[{{kind: knn, every: 2it, precise_bn: {count}}}]"
+        recipe = tiny("quick/moco.yaml", tmp_path / str(count), "data.labels=none", change)
+        state = run(recipe)
+        states[count], answers[count] = state["method"], [row for row in rows(recipe) if "top1" in row]
+    assert differences(states[0], states[2]) == []  # queue, statistics and weights of training are untouched
+    assert len(answers[0]) == len(answers[2]) == 3 and answers[0][0]["measured"] == answers[2][0]["measured"]
+
+
 def test_knn_against_its_definition():
     from engine.evals import knn
 
