@@ -520,7 +520,8 @@ def test_an_output_that_cannot_be_written_is_found_before_the_work(name, place, 
     if place == "folder":
         (tmp_path / f"x{suffix}").mkdir()
     table = tmp_path / "t.yaml"
-    table.write_text(json.dumps({"title": "t", "images": 8, "seeds": 1, "probe": str(QUICK / "linear.yaml"),
+    table.write_text(json.dumps({"title": "t", "views": 8, "seeds": 1, "probe": str(QUICK / "linear.yaml"),
+                                 "tasks": [{"name": "linear"}],
                                  "rows": [{"name": "A", "stages": [str(QUICK / "supervised.yaml")]}]}))  # fmt: skip
     named = [
         word.format(
