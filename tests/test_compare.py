@@ -150,7 +150,7 @@ def test_bad_tables_are_refused_in_one_line(changes, message, tmp_path):
 def test_a_probe_that_evaluates_nothing_is_refused(tmp_path):
     path = write(tmp_path / "t.yaml", probe=str(ROOT / "recipes/quick/moco.yaml"))
     plan = Plan(table.load(path), path, tmp_path)
-    with pytest.raises(RecipeError, match=r"t\.yaml: .*moco\.yaml: method moco is not a linear evaluation"):
+    with pytest.raises(RecipeError, match=r"t\.yaml: .*moco\.yaml: method moco is no evaluation of a trained network"):
         list(plan.chain(plan.variants[0], 0).make())
 
 

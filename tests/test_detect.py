@@ -15,6 +15,8 @@ from engine import recipe as recipes
 from engine.bench.variants import variants
 from engine.data import sets_of
 from engine.errors import RecipeError
+from engine.results.chain import network_of, probe_of
+from engine.results.runs import final
 from engine.schedules import Horizon, value
 from models import cost, detector, methods
 from models.reactnet import Config as ReActNetConfig
@@ -407,3 +409,14 @@ def test_detections_are_drawn(tmp_path, monkeypatch, capsys):
     assert draw("--step", "8") == 2 and "there are those of steps 7" in capsys.readouterr().err
     (tmp_path / "detections-7.npz").write_bytes(b"PK\3\4")
     assert draw() == 2 and "not the detections of an evaluation, or damaged" in capsys.readouterr().err
+
+
+def test_a_table_may_ask_for_detection(tmp_path):
+    student = tiny("quick/burn_stage2.yaml", tmp_path, "run.duration=1it", "evals=[]")
+    state = run(student)["method"]
+    changes = probe_of(network_of(student), tiny(VOC, tmp_path), layer="pooled")
+    recipe = tiny(VOC, tmp_path, "run.duration=1it", "schedules.lr=0", "evals.0.every=1it", *changes)
+    assert recipe.init[0].drop == ("fc",) and recipe.method.backbone.width == student.method.student.width
+    found = run(recipe)["method"]
+    assert torch.equal(found["backbone.stem.0.weight"], state["student.stem.0.weight"])
+    assert final(recipe.folder, "detection", "ap50") >= 0

@@ -82,7 +82,7 @@ class MethodConfig(Strict):
         return {}
 
     def probing(self, network: BackboneConfig, layer: Literal["features", "pooled"]) -> MethodConfig:
-        """The same linear evaluation of another network.
+        """The same evaluation that trains (linear, fine-tuning, detection) of another network.
 
         Args:
             network: what is evaluated.
@@ -91,7 +91,7 @@ class MethodConfig(Strict):
         Raises:
             ValueError: this method evaluates nothing.
         """
-        raise ValueError(f"method {self.name} is not a linear evaluation")
+        raise ValueError(f"method {self.name} is no evaluation of a trained network")
 
 
 class Method(nn.Module):

@@ -18,6 +18,7 @@ from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from models import backbones, detector
+from models.contract import BackboneConfig
 from models.methods import Method, MethodConfig
 from models.precision import at_least_float32
 
@@ -81,6 +82,11 @@ class Config(MethodConfig):
         """Every class of the boxes needs an output, and every output a class."""
         if count != self.num_classes:
             raise ValueError(f"the recipe expects method.num_classes={self.num_classes}")
+
+    def probing(self, network: BackboneConfig, layer: Literal["features", "pooled"]) -> MethodConfig:
+        """A detector on the network, of which it takes all but the MLP; `layer` says nothing, maps lie below both."""
+        top = {key: False for key, module in network.on_top.items() if module == "fc"}
+        return self.model_copy(update={"backbone": network.model_copy(update=top)})
 
     def build(self) -> Detect:
         """See `Detect`."""
