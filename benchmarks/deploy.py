@@ -203,8 +203,8 @@ def measure_one(name: str, file: Path, side: int, batch: int, threads: int, seco
     while len(wall) < LEAST.get(name, 10 if batch == 1 else 5) or time.perf_counter() - started < seconds:
         at, used = time.perf_counter(), time.process_time()
         call()
-        wall.append(1000 * (time.perf_counter() - at) / batch)
-        cpu.append(1000 * (time.process_time() - used) / batch)
+        wall.append(round(1000 * (time.perf_counter() - at) / batch, 3))
+        cpu.append(round(1000 * (time.process_time() - used) / batch, 3))
     return {"ms": wall, "cpu_ms": cpu, **facts}
 
 
@@ -469,7 +469,7 @@ def main() -> int:
     else:
         with tempfile.TemporaryDirectory() as folder:
             found = measure(options, Path(folder))
-        options.out.write_text(json.dumps(found, indent=1) + "\n")
+        options.out.write_text(json.dumps(found) + "\n")
     path = options.draw or options.out
     draw(found, path.with_suffix(".png"))
     path.with_suffix(".md").write_text(f"# {found['cpu']}\n{table(found)}\n")
