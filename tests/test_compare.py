@@ -378,6 +378,17 @@ def test_time_left_is_that_of_finished_runs_of_the_same_recipe(tmp_path):
     assert left.seconds({running: 1.0}, 1)[0] == pytest.approx(17 + 8)
 
 
+def test_seconds_of_an_epoch_are_not_those_of_an_image(tmp_path):
+    module = tool("compare")
+    path = write(tmp_path / "t.yaml", seeds=1)
+    stage, *_ = Plan(table.load(path), path, tmp_path).chains()[0].make()
+    teacher = stage._replace(overrides=[*stage.overrides, "run.duration=2ep", "name=teacher"])
+    left = module.Left()
+    left.add(stage)
+    left.done(teacher, 600.0)
+    assert left.seconds({}, 1) == (0.0, False)
+
+
 def compare(*arguments, **options):
     command = [sys.executable, str(ROOT / "tools/compare.py"), *map(str, arguments)]
     return subprocess.Popen(

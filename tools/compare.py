@@ -77,7 +77,7 @@ class Left:
         """Seconds for an amount of 1, of runs of this kind, or else of others that answer the same or train, too."""
         if kind in self._known:
             return self._known[kind]
-        alike = [known for known in self._known if known[1] == kind[1]]
+        alike = [known for known in self._known if known[1:] == kind[1:]]
         return [seconds for known in alike for seconds in self._known[known]]
 
     def seconds(self, running: dict[Path, float], jobs: int) -> tuple[float, bool]:
@@ -96,10 +96,10 @@ class Left:
 
 
 def _kind(run: Run) -> tuple[Any, float]:
-    """Runs whose time grows with their length alone, and that length."""
+    """Runs whose time grows with their length alone, and that length, in images or in epochs."""
     recipe = run.recipe()
-    length = float(recipe.run.duration[:-2])
-    return (run.path, run.tasks), length * recipe.data.batch_size if recipe.run.duration.endswith("it") else length
+    length, unit = float(recipe.run.duration[:-2]), recipe.run.duration[-2:]
+    return (run.path, run.tasks, unit), length * recipe.data.batch_size if unit == "it" else length
 
 
 class Pool:
