@@ -323,11 +323,13 @@ def test_the_mean_recall_of_classes(published, tmp_path):
 
 
 def test_a_run_measured_again_has_the_numbers_of_its_last_step(tmp_path, monkeypatch, capsys):
-    kinds = "evals=[{kind: accuracy, every: 100%}, {kind: knn, every: 100%, neighbors: 5, bank: 30}]"
+    kinds = "evals=[{kind: accuracy, every: 100%}, {kind: knn, every: 100%, neighbors: 5, bank: 30}, "
+    kinds += "{kind: ridge, every: 100%, bank: 30}]"
     recipe = tiny("quick/supervised.yaml", tmp_path, "run.duration=2it", kinds)
     run(recipe)
     expected = {row["evaluation"]: row for row in rows(recipe) if "evaluation" in row}
-    for kind, options in (("accuracy", []), ("knn", ["--kind", "knn", "--neighbors", 5, "--bank", 30])):
+    for kind, options in (("accuracy", []), ("knn", ["--kind", "knn", "--neighbors", 5, "--bank", 30]),
+                          ("ridge", ["--kind", "ridge", "--bank", 30])):  # fmt: skip
         assert call(monkeypatch, "evaluate", recipe.folder, *options) == 0
         said = capsys.readouterr().out
         found = json.loads(said)
@@ -378,7 +380,7 @@ def test_a_published_classifier_is_measured(published, photos, tmp_path, monkeyp
     assert (
         call(monkeypatch, "evaluate", published, "--part", "student", "--kind", "accuracy", f"data.val={photos}") == 2
     )
-    assert "has no classifier to measure, expected --kind knn" in capsys.readouterr().err
+    assert "has no classifier to measure, expected --kind knn or ridge" in capsys.readouterr().err
     assert call(monkeypatch, "evaluate", published) == 2
     assert "data.val: not set" in capsys.readouterr().err
 

@@ -1,4 +1,4 @@
-"""Measure a trained network again, on any labeled images: its own classifier, or k-NN on its features.
+"""Measure a trained network again, on any labeled images: its own classifier, or k-NN or least squares on its features.
 
     python tools/evaluate.py runs/linear_burn_stage2 data.val=other/val
     python tools/evaluate.py weights/resnet50.pth data.val=data/imagenet/val
@@ -35,10 +35,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="a run folder, a checkpoint, a published weight file, or a .bnn file")
     parser.add_argument("override", nargs="*", default=[], help="data.key=value; not set: the run's own data")
-    parser.add_argument("--kind", choices=["accuracy", "knn"], help="(accuracy where there is a classifier, else knn)")
+    parser.add_argument(
+        "--kind",
+        choices=["accuracy", "knn", "ridge"],
+        help="ridge: a linear classifier in closed form (accuracy where there is a classifier, else knn)",
+    )
     parser.add_argument("--part", help="a network of a pre-training run, such as teacher (the one that is evaluated)")
     parser.add_argument("--step", type=int, help="of a run folder (the newest)")
-    for name, text in (("neighbors", "how many vote"), ("bank", "training images at most, evenly spaced")):
+    for name, text in (("neighbors", "how many vote"), ("bank", "training images at most, evenly spaced; ridge, too")):
         default = EvalConfig.model_fields[name].default
         parser.add_argument(f"--{name}", type=int, default=default, help=f"knn: {text} (%(default)s)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="(%(default)s)")
@@ -48,9 +52,9 @@ def main() -> int:
             parser.error(f"--{name}: expected at least 1, got {given}")
     to_console(is_main=dist.environment_rank() == 0, progress=sys.stderr)
     trained = open_trained(arguments.source, step=arguments.step, part=arguments.part)
-    kind: Literal["accuracy", "knn"] = arguments.kind or ("knn" if trained.classifier is None else "accuracy")
+    kind: Literal["accuracy", "knn", "ridge"] = arguments.kind or ("knn" if trained.classifier is None else "accuracy")
     if kind == "accuracy" and trained.classifier is None:
-        raise RecipeError(f"{trained.source}: has no classifier to measure, expected --kind knn")
+        raise RecipeError(f"{trained.source}: has no classifier to measure, expected --kind knn or ridge")
     data = data_of(trained, arguments.override, device=arguments.device)
     check(trained, "features", data.eval_view.size)
     config = EvalConfig(kind=kind, neighbors=arguments.neighbors, bank=arguments.bank)
