@@ -134,9 +134,7 @@ class Pool:
 
     def _apart(self, units: Sequence[Unit]) -> Iterator[tuple[Unit, Any]]:
         if self._executor is None:
-            context = multiprocessing.get_context(
-                "forkserver"
-            )  # not forked from this one, whose libraries have threads
+            context = multiprocessing.get_context("forkserver")  # a fork of this one would lack its libraries' threads
             self._executor = ProcessPoolExecutor(self.jobs, mp_context=context, initializer=_begin)
         try:
             self._waiting = {self._executor.submit(unit.work, *unit.arguments): unit for unit in units}
@@ -153,7 +151,7 @@ class Pool:
     def close(self) -> None:
         """End the processes and close the ledger."""
         if self._executor is not None:
-            self._executor.shutdown(wait=False, cancel_futures=True)
+            self._executor.shutdown(wait=not self._waiting, cancel_futures=True)
             if self._waiting:  # what a worker has in hand would take its time
                 for child in multiprocessing.active_children():
                     if child not in self._others:
