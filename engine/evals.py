@@ -96,7 +96,7 @@ def run(
 def measure(
     config: EvalConfig, scores: Network, network: Network, data: DataConfig, indices: dict[str, Index], world: World
 ) -> dict[str, float]:
-    """`run` for what needs a network in evaluation mode and no method around it: every kind but `baselines`.
+    """`run` for what needs a network in evaluation mode and no method around it: `accuracy`, `knn` and `ridge`.
 
     Args:
         scores: images [B, 3, H, W] to class scores [B, classes].

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import loaders
 from engine.errors import ExportError
 from engine.provenance import engine_version
-from engine.trained import Trained
+from engine.trained import Trained, readable
 from loaders import DataError, LoaderError
 from loaders.augment import normalized, to_pixels
 from loaders.files import aside
@@ -219,9 +219,7 @@ def images_of(trained: Trained, count: int) -> tuple[NDArray[np.uint8], str]:
         try:
             if trained.recipe is None:
                 break
-            data = trained.recipe.data
-            if data.options.missing():
-                data = loaders.with_backend(data, "folder")
+            data = readable(trained.recipe.data)
             index = loaders.open_data(data, split)
             rows = np.linspace(0, len(index), min(count, len(index)), endpoint=False).astype(np.int64).tolist()
             loader = loaders.open_eval(data, index, rows=rows)

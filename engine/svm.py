@@ -308,29 +308,19 @@ def cost_units(folder: Path, targets: Targets, costs: Sequence[float]) -> list[U
         folder: that `Sets.write` gave.
         targets: of the training set.
     """
-    return [
-        Unit(
-            {"data": folder.name, "task": "cost", "class": number, "cost": cost},
-            _cross_validate,
-            (folder, number, cost),
-            size=len(targets) * (0.5 + cost**0.5),
-        )
-        for number in range(targets.shape[1])
-        for cost in costs
-    ]
+    classes = range(targets.shape[1])
+    return [_unit("cost", _cross_validate, folder, targets, number, cost) for number in classes for cost in costs]
 
 
 def test_units(folder: Path, targets: Targets, chosen: Sequence[float]) -> list[Unit]:
     """The classifier of every class on all rows at its chosen cost, tested."""
-    return [
-        Unit(
-            {"data": folder.name, "task": "test", "class": number, "cost": cost},
-            _test,
-            (folder, number, cost),
-            size=len(targets) * (0.5 + cost**0.5),
-        )
-        for number, cost in enumerate(chosen)
-    ]
+    return [_unit("test", _test, folder, targets, number, cost) for number, cost in enumerate(chosen)]
+
+
+def _unit(task: str, work: Callable[..., Any], folder: Path, targets: Targets, number: int, cost: float) -> Unit:
+    """A piece of work on one class at one cost, which takes the longer the larger the cost is."""
+    key = {"data": folder.name, "task": task, "class": number, "cost": cost}
+    return Unit(key, work, (folder, number, cost), size=len(targets) * (0.5 + cost**0.5))
 
 
 def low_shot_units(folder: Path, draws: dict[tuple[int, int], Targets], costs: Sequence[float]) -> list[Unit]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import loaders
 from engine import accelerator, checkpoint, dist, precision
@@ -24,6 +24,7 @@ from engine.dist import World
 from engine.errors import RecipeError
 from engine.log import duration, logger, rate
 from engine.recipe import Recipe
+from engine.trained import hash_of
 from loaders import DataError, FeatureCache, Index, Place
 from loaders.features import principal_components
 from models import backbones
@@ -53,17 +54,8 @@ def about(recipe: Recipe, method: Method, index: Index) -> dict[str, Any]:
     }
     part = method.get_submodule(name)
     if not any(value.is_meta for value in part.state_dict().values()):
-        said[_WEIGHTS] = _hash(part)
+        said[_WEIGHTS] = hash_of(part)
     return said
-
-
-def _hash(part: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for key, value in sorted(part.state_dict().items()):
-        if not key.endswith("num_batches_tracked"):  # counts nothing where nothing trains, and not every file has it
-            digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def identity(recipe: Recipe) -> str:

@@ -145,6 +145,11 @@ def open_trained(path: Path | str, *, step: int | None = None, part: str | None 
     return _published(content, path, part)
 
 
+def readable(data: DataConfig) -> DataConfig:
+    """How a run reads its images, with another back end where its own is not installed."""
+    return loaders.with_backend(data, "folder") if data.options.missing() else data
+
+
 def reestimated(trained: Trained, batches: int) -> Trained:
     """The same network with BatchNorm's statistics of this many micro-batches of its run's training images and views.
 
@@ -154,9 +159,7 @@ def reestimated(trained: Trained, batches: int) -> Trained:
     """
     if trained.recipe is None:
         raise CheckpointError(f"{trained.source}: names no training images, from which BatchNorm could be re-estimated")
-    data = trained.recipe.data
-    if data.options.missing():
-        data = loaders.with_backend(data, "folder")
+    data = readable(trained.recipe.data)
     loader = loaders.open_train(data, loaders.open_data(data, "train"), seed=trained.recipe.seed)
     network = copy.deepcopy(trained.network)
     try:
