@@ -145,6 +145,7 @@ class FeatureCache:
             ) from None
         expected = cache.shape[0] * cache.shape[1] * cache._bytes
         if size != expected:
+            cache.close()
             raise DataError(
                 f"{folder / _FEATURES}: {size} bytes, expected {expected}; remove {folder} and make it again"
             )
